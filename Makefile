@@ -60,5 +60,5 @@ uninstall: ## remove what `make install` put there (as root)
 	fi
 
 clean: ## remove all that was built, the virtual environment too
-	rm -rf .venv .setup.lock build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find tracer tests -name __pycache__ -type d -exec rm -rf {} +
