@@ -1,0 +1,140 @@
+"""Configuration of the name servers: the cluster's as kubeadm's Corefile has it, and outside.
+
+A configuration is a set of files to put into one directory, and the command that serves it.
+Both kinds of server read the same zone files and write one line per query to stdout or a log.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from tracer.lab import zones
+from tracer.lab.topology import DNS_PORT, UPSTREAM_IPS
+
+CACHE_S = 30
+
+
+@dataclass(frozen=True)
+class Server:
+    """Files by name, and the argv that serves them from their directory."""
+
+    files: Mapping[str, str]
+    argv: tuple[str, ...]
+
+
+def coredns(binary: Path, directory: Path, *, cluster: bool, quiet: bool) -> Server:
+    """CoreDNS with the cluster's zones, or the outside's; `quiet` writes no query log."""
+    data = zones.cluster() if cluster else zones.outside()
+    log = [] if quiet else ["log"]
+    blocks = _cluster_blocks(data, log, directory) if cluster else _outside_blocks(data, log, directory)
+    files = {_zone_file(zone): text for zone, text in data.items()}
+    files["Corefile"] = "\n".join(blocks)
+    return Server(files, (str(binary), "-conf", str(directory / "Corefile")))
+
+
+def _cluster_blocks(data: Mapping[str, str], log: list[str], directory: Path) -> list[str]:
+    files = [f"file {directory / _zone_file(zone)} {zone} {{\n        reload 0\n    }}" for zone in data]
+    return [
+        _block(
+            ".",
+            "errors",
+            *log,
+            "health {\n        lameduck 1s\n    }",
+            "ready",
+            *files,
+            "forward . /etc/resolv.conf",
+            f"cache {CACHE_S}",
+            "loadbalance",
+        )
+    ]
+
+
+def _outside_blocks(data: Mapping[str, str], log: list[str], directory: Path) -> list[str]:
+    blocks = [
+        _block(zones.LOST_ZONE, "errors", *log, "erratic {\n        drop 1\n    }"),
+        _block(zones.REFUSED_ZONE, *log, _answer_code("REFUSED")),
+        _block(zones.SERVFAIL_ZONE, *log, _answer_code("SERVFAIL")),
+        _block("whoami.example.com.", *log, "whoami"),
+    ]
+    for zone in data:
+        slow = [f"delay {zones.SLOW_MS}ms"] if zone == zones.SLOW_ZONE else []
+        file = f"file {directory / _zone_file(zone)} {zone} {{\n        reload 0\n    }}"
+        blocks.append(_block(zone, "errors", *log, *slow, file))
+    return blocks
+
+
+def _answer_code(rcode: str) -> str:
+    return f"template ANY ANY {{\n        rcode {rcode}\n    }}"
+
+
+def _block(zone: str, *lines: str) -> str:
+    body = "\n".join(f"    {line}" for line in lines)
+    return f"{zone}:{DNS_PORT} {{\n{body}\n}}\n"
+
+
+def unbound(binary: Path, directory: Path, *, cluster: bool, quiet: bool) -> Server:
+    """The same out of unbound; it cannot be slow on purpose, nor fail with SERVFAIL."""
+    data = zones.cluster() if cluster else zones.outside()
+    server = [
+        "interface: 0.0.0.0",
+        "interface: ::0",
+        "interface-automatic: yes",
+        "access-control: 0.0.0.0/0 allow",
+        "access-control: ::/0 allow",
+        "do-daemonize: no",
+        'chroot: ""',
+        'username: ""',
+        'pidfile: ""',
+        f'directory: "{directory}"',
+        "use-syslog: no",
+        'logfile: ""',
+        "module-config: iterator",
+        "num-threads: 1",
+        "so-reuseport: no",
+        "verbosity: 0",
+        "edns-buffer-size: 1232",
+        f"cache-max-ttl: {CACHE_S}",
+        f"log-queries: {'no' if quiet else 'yes'}",
+    ]
+    if cluster:
+        server += ["do-not-query-localhost: no", *_without_default_zones()]
+    else:
+        server += [
+            f'local-zone: "{zones.LOST_ZONE}" deny',
+            f'local-zone: "{zones.REFUSED_ZONE}" refuse',
+        ]
+    parts = [_section("server", server), _section("remote-control", ["control-enable: no"])]
+    for zone in data:
+        parts.append(
+            _section(
+                "auth-zone",
+                [
+                    f'name: "{zone}"',
+                    f'zonefile: "{_zone_file(zone)}"',
+                    "for-downstream: yes",
+                    "for-upstream: no",
+                    "fallback-enabled: no",
+                ],
+            )
+        )
+    if cluster:
+        parts.append(_section("forward-zone", ['name: "."', f"forward-addr: {UPSTREAM_IPS[0]}"]))
+    files = {_zone_file(zone): text for zone, text in data.items()}
+    files["unbound.conf"] = "\n".join(parts)
+    return Server(files, (str(binary), "-d", "-c", str(directory / "unbound.conf")))
+
+
+def _without_default_zones() -> list[str]:
+    """unbound answers for private reverse zones itself unless told not to."""
+    names = ["10.in-addr.arpa.", "d.f.ip6.arpa."]
+    return [f'local-zone: "{name}" nodefault' for name in names]
+
+
+def _section(name: str, lines: list[str]) -> str:
+    return f"{name}:\n" + "".join(f"    {line}\n" for line in lines)
+
+
+def _zone_file(zone: str) -> str:
+    return f"{zone.rstrip('.') or 'root'}.zone"
