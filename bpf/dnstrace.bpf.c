@@ -1,0 +1,378 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * The programs. Each says no to what is not DNS as cheaply as its hook allows,
+ * then parses, then touches the table. They only watch: no verdict of theirs
+ * ever changes what happens to a packet.
+ *
+ * Hooks             kprobe set                    tracepoint set
+ * socket send       kprobe ip_send_skb, ip6_…     cgroup_skb egress at the root
+ * socket receive    kprobe skb_consume_udp        cgroup_skb ingress at the root
+ * device            TC ingress and egress         the same
+ * drop              raw tracepoint kfree_skb      the same
+ */
+#include "record.h"
+#include "maps.h"
+#include "packet.h"
+#include "transactions.h"
+
+#define CGROUP_ALLOW 1
+#define TC_CONTINUE -1 /* TCX_NEXT, and TC_ACT_UNSPEC for clsact: ask the next program */
+
+/* Constants that user space writes into each loaded copy of a device program. */
+#define MARK_NETNS 0x646e737472616301ULL
+#define MARK_L2_HLEN 0x646e737472616302ULL
+
+static __always_inline u64 patched(u64 mark)
+{
+	asm volatile("" : "+r"(mark));
+	return mark;
+}
+
+#define READ_FIELD(to, base, offset) \
+	bpf_probe_read_kernel(&(to), sizeof(to), (void *)((u64)(base) + (offset)))
+
+static __always_inline u32 netns_of_sock(u64 sk)
+{
+	u64 net = 0;
+	u32 inum = 0;
+
+	READ_FIELD(net, sk, OFFSET_sock_net);
+	READ_FIELD(inum, net, OFFSET_net_inum);
+	return inum;
+}
+
+static __always_inline u32 netns_of_skb_sock(u64 skb)
+{
+	u64 sk = 0;
+
+	READ_FIELD(sk, skb, OFFSET_sk_buff_sk);
+	return sk ? netns_of_sock(sk) : 0;
+}
+
+/* The name of the process, not of the thread that happens to send. */
+static __always_inline void process_name(char *comm)
+{
+	u64 leader = 0;
+
+	READ_FIELD(leader, bpf_get_current_task(), OFFSET_task_group_leader);
+	bpf_probe_read_kernel(comm, 16, (void *)(leader + OFFSET_task_comm));
+}
+
+/* struct nf_conntrack_tuple: the part that names addresses and ports. */
+struct conntrack_tuple {
+	__be32 src_addr[4];
+	__be16 src_port;
+	u16 l3num;
+	__be32 dst_addr[4];
+	__be16 dst_port;
+	u8 protonum;
+	u8 dir;
+};
+
+static __always_inline void copy_tuple_address(__be64 *to, const __be32 *from, u8 family)
+{
+	u32 *words = (u32 *)to;
+
+	if (family == 4) {
+		map_ipv4(to, from[0]);
+		return;
+	}
+	words[0] = from[0];
+	words[1] = from[1];
+	words[2] = from[2];
+	words[3] = from[3];
+}
+
+/*
+ * The flow as its client addressed it: conntrack's ORIGINAL tuple. False where
+ * the packet has no conntrack entry, so that its own addresses are the truth.
+ */
+static __always_inline bool original_flow(u64 skb, u8 family, struct flow *flow)
+{
+#ifdef OFFSET_sk_buff_nfct
+	struct conntrack_tuple tuple;
+	u64 nfct = 0;
+
+	READ_FIELD(nfct, skb, OFFSET_sk_buff_nfct);
+	nfct &= ~7ULL;
+	if (!nfct)
+		return false;
+	if (READ_FIELD(tuple, nfct, OFFSET_nf_conn_original))
+		return false;
+	if (tuple.protonum != PROTO_UDP)
+		return false;
+	copy_tuple_address(flow->client_addr, tuple.src_addr, family);
+	copy_tuple_address(flow->server_addr, tuple.dst_addr, family);
+	flow->client_port = tuple.src_port;
+	flow->server_port = tuple.dst_port;
+	flow->pad = 0;
+	return true;
+#else
+	return false;
+#endif
+}
+
+/* False: certainly not DNS. Decided on the packet as it lies, where it is linear. */
+static __always_inline bool maybe_dns(struct __sk_buff *skb, u32 l3, u16 protocol, bool tunnels)
+{
+	u8 *ip = (u8 *)(long)skb->data + l3, *end = (u8 *)(long)skb->data_end;
+	__be16 from, to;
+
+	if (protocol == bpf_htons(ETHERTYPE_IPV4)) {
+		if (ip + 28 > end)
+			return true;
+		if (ip[9] == PROTO_IPIP)
+			return tunnels;
+		if (ip[9] != PROTO_UDP)
+			return false;
+		if (ip[0] != 0x45)
+			return true;
+		from = *(u16 *)(ip + 20);
+		to = *(u16 *)(ip + 22);
+	} else if (protocol == bpf_htons(ETHERTYPE_IPV6)) {
+		if (ip + 48 > end)
+			return true;
+		if (ip[6] == 6 || ip[6] == 58)
+			return false;
+		if (ip[6] != PROTO_UDP)
+			return true;
+		from = *(u16 *)(ip + 40);
+		to = *(u16 *)(ip + 42);
+	} else {
+		return false;
+	}
+	return is_dns_port(to) || is_dns_port(from) || (tunnels && is_tunnel_port(to));
+}
+
+static __always_inline bool is_wanted(struct sender *sender)
+{
+	u32 zero = 0, level;
+	struct settings *set = settings.lookup(&zero);
+	u64 ancestor;
+
+	if (!set)
+		return false;
+	if (!(set->wanted & (WANT_CGROUP | WANT_NETNS | WANT_PID)))
+		return true;
+	if (set->wanted & WANT_PID && set->pid != sender->pid)
+		return false;
+	if (!(set->wanted & (WANT_CGROUP | WANT_NETNS)))
+		return true;
+	if (set->wanted & WANT_NETNS && wanted_netns.lookup(&sender->netns))
+		return true;
+	if (set->wanted & WANT_CGROUP)
+		return wanted_cgroups.lookup(&sender->cgroup_id);
+	return false;
+}
+
+/* Whether everything is traced, so that a query may begin at any hook. */
+static __always_inline bool is_unfiltered(void)
+{
+	u32 zero = 0;
+	struct settings *set = settings.lookup(&zero);
+
+	return set && (!set->wanted || set->wanted & WANT_SERVER_SIDE);
+}
+
+/* A query that no hook has seen before, or seen under other addresses. */
+static __always_inline void query_without_slot(struct source *source, u64 skb,
+					       struct message *message, struct place *place)
+{
+	struct sender nobody = {};
+	struct flow asked;
+	struct transaction *slot;
+	u32 number;
+
+	if (!original_flow(skb, message->family, &asked)) {
+		asked = message->flow;
+	} else {
+		number = find_slot(message, &asked, place->t_ns);
+		slot = slots.lookup(&number);
+		if (slot) {
+			add_alias(number, slot, &message->flow);
+			add_hop(slot, message, place);
+			return;
+		}
+	}
+	if (is_unfiltered())
+		begin(source, message, &nobody, place, &asked);
+}
+
+/* Whether a response that passes here has gone back all the way that we saw the query come. */
+static __always_inline bool is_last_hop(struct transaction *slot, struct place *place)
+{
+	struct hop *first = &slot->hops[0];
+
+	switch (first->kind) {
+	case HOP_RECEIVE:
+		return place->kind == HOP_SEND;
+	case HOP_INGRESS:
+		return place->kind == HOP_EGRESS && place->ifindex == first->ifindex &&
+		       place->netns == first->netns;
+	case HOP_EGRESS:
+		return place->kind == HOP_INGRESS && place->ifindex == first->ifindex &&
+		       place->netns == first->netns;
+	default:
+		return false;
+	}
+}
+
+/* A packet on its way, at a device or at the server's socket. */
+static __always_inline void passing(struct source *source, u64 skb, struct message *message,
+				    struct place *place)
+{
+	u32 number = find_slot(message, &message->flow, place->t_ns);
+	struct transaction *slot = slots.lookup(&number);
+
+	if (!slot) {
+		if (message->direction == QUERY)
+			query_without_slot(source, skb, message, place);
+		return;
+	}
+	add_hop(slot, message, place);
+	if (message->direction == RESPONSE && is_last_hop(slot, place))
+		end(number, slot, source, message, STATUS_ANSWERED, 0);
+}
+
+/* A socket hands a DNS message to IP. */
+static __always_inline void socket_send(struct source *source, u64 skb, struct message *message)
+{
+	struct place place = { .kind = HOP_SEND, .t_ns = bpf_ktime_get_ns() };
+	struct sender sender = {};
+	struct flow asked;
+
+	sender.netns = netns_of_skb_sock(skb);
+	place.netns = sender.netns;
+	if (message->direction == RESPONSE) {
+		passing(source, skb, message, &place);
+		return;
+	}
+	sender.pid = bpf_get_current_pid_tgid() >> 32;
+	sender.cgroup_id = bpf_get_current_cgroup_id();
+	if (!is_wanted(&sender)) {
+		count(COUNT_FILTERED);
+		return;
+	}
+	process_name(sender.comm);
+	if (!original_flow(skb, message->family, &asked))
+		asked = message->flow;
+	begin(source, message, &sender, &place, &asked);
+}
+
+/* A DNS message reaches a socket: the end of the way, or the server. */
+static __always_inline void socket_receive(struct source *source, u64 skb, u64 sk,
+					   struct message *message)
+{
+	struct place place = { .kind = HOP_RECEIVE, .t_ns = bpf_ktime_get_ns() };
+	struct transaction *slot;
+	u32 number;
+
+	if (message->direction == QUERY) {
+		place.netns = sk ? netns_of_sock(sk) : netns_of_skb_sock(skb);
+		passing(source, skb, message, &place);
+		return;
+	}
+	number = find_slot(message, &message->flow, place.t_ns);
+	slot = slots.lookup(&number);
+	if (!slot) {
+		if (is_unfiltered())
+			count(COUNT_UNMATCHED_RESPONSES);
+		return;
+	}
+	place.netns = slot->netns;
+	add_hop(slot, message, &place);
+	end(number, slot, source, message, STATUS_ANSWERED, place.t_ns);
+}
+
+int socket_egress(struct __sk_buff *skb)
+{
+	u32 task = bpf_get_current_pid_tgid() & (TASK_SCRATCHES - 1);
+	struct source source = { .skb = skb, .len = skb->len };
+	struct message message = {};
+	struct scratch *scratch;
+	enum parsed parsed;
+	u64 owner;
+
+	if (!maybe_dns(skb, 0, skb->protocol, false))
+		return CGROUP_ALLOW;
+	scratch = task_scratch.lookup(&task);
+	if (!scratch)
+		return CGROUP_ALLOW;
+	owner = bpf_get_current_pid_tgid();
+	scratch->owner = owner;
+	parsed = parse(&source, scratch, &message, false);
+	if (scratch->owner != owner)
+		count(COUNT_PREEMPTED);
+	else if (parsed == IS_DNS)
+		socket_send(&source, (u64)skb, &message);
+	else if (parsed == UNDECODABLE)
+		count(COUNT_UNDECODABLE);
+	return CGROUP_ALLOW;
+}
+
+int socket_ingress(struct __sk_buff *skb)
+{
+	struct source source = { .skb = skb, .len = skb->len };
+	struct message message = {};
+	struct scratch *scratch;
+	enum parsed parsed;
+	u32 zero = 0;
+
+	if (!maybe_dns(skb, 0, skb->protocol, false))
+		return CGROUP_ALLOW;
+	scratch = softirq_scratch.lookup(&zero);
+	if (!scratch)
+		return CGROUP_ALLOW;
+	parsed = parse(&source, scratch, &message, false);
+	if (parsed == IS_DNS)
+		socket_receive(&source, (u64)skb, 0, &message);
+	else if (parsed == UNDECODABLE)
+		count(COUNT_UNDECODABLE);
+	return CGROUP_ALLOW;
+}
+
+static __always_inline int device(struct __sk_buff *skb, u8 kind)
+{
+	struct source source = { .skb = skb };
+	struct message message = {};
+	struct scratch *scratch;
+	struct place place = { .kind = kind };
+	u32 l3 = patched(MARK_L2_HLEN), zero = 0, i;
+	u16 protocol = skb->protocol;
+
+	for (i = 0; i < MAX_VLAN_TAGS; i++) {
+		u8 *tag = (u8 *)(long)skb->data + ETH_HLEN + i * 4;
+
+		if (protocol != bpf_htons(ETHERTYPE_VLAN) && protocol != bpf_htons(ETHERTYPE_QINQ))
+			break;
+		if (tag + 4 > (u8 *)(long)skb->data_end)
+			return TC_CONTINUE;
+		protocol = *(u16 *)(tag + 2);
+		l3 += 4;
+	}
+	l3 &= 63;
+	if (!maybe_dns(skb, l3, protocol, true))
+		return TC_CONTINUE;
+	source.offset = l3;
+	source.len = skb->len - l3;
+	if (skb->len <= l3)
+		return TC_CONTINUE;
+	scratch = softirq_scratch.lookup(&zero);
+	if (!scratch || parse(&source, scratch, &message, true) != IS_DNS)
+		return TC_CONTINUE;
+	place.t_ns = bpf_ktime_get_ns();
+	place.ifindex = skb->ifindex;
+	place.netns = patched(MARK_NETNS);
+	passing(&source, (u64)skb, &message, &place);
+	return TC_CONTINUE;
+}
+
+int device_ingress(struct __sk_buff *skb)
+{
+	return device(skb, HOP_INGRESS);
+}
+
+int device_egress(struct __sk_buff *skb)
+{
+	return device(skb, HOP_EGRESS);
+}

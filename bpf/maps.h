@@ -1,0 +1,70 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+/*
+ * The tables. Sizes that user space chooses come as macros:
+ * SLOTS (transactions in flight), SMALL_PAGES and LARGE_PAGES (the rings).
+ */
+#ifndef DNSTRACE_MAPS_H
+#define DNSTRACE_MAPS_H
+
+#define TASK_SCRATCHES 1024 /* a power of two */
+#define DNS_PORT_WORDS 1024 /* 65,536 bits */
+
+/*
+ * What every hop of one query shares. Question and server are compared after
+ * the look-up, so that a response without a question finds its query, and no
+ * entry is needed for each address that NAT gives the server. Queries that
+ * agree in all this but differ in question or server are told apart by variant.
+ */
+struct index_key {
+	__be64 client_addr[2];
+	__be16 client_port;
+	__be16 dns_id;
+	u32 variant;
+};
+
+#define MAX_VARIANTS 4
+#define VARIANT_MEMORY_NS 120000000000ULL /* longer than any time-out */
+
+/*
+ * A slot belongs to whoever popped it from free_slots or deleted its key from
+ * index: both are atomic, so every transaction ends exactly once, whether a
+ * packet, an eviction or user space ends it. A client that SNAT renames has a
+ * second key, found through flows.
+ */
+BPF_TABLE("hash", struct index_key, u32, slot_index, SLOTS * 2);
+BPF_STACK(free_slots, u32, SLOTS);
+BPF_ARRAY(slots, struct transaction, SLOTS);
+/* start_ns of each slot in use, else 0: what user space scans for time-outs. */
+BPF_F_TABLE("array", u32, u64, slot_start, SLOTS, BPF_F_MMAPABLE);
+
+/* When a variant above 0 last began: unless lately, nobody needs to look for them. */
+BPF_ARRAY(variant_last_ns, u64, 1);
+
+BPF_RINGBUF_OUTPUT(small_ring, SMALL_PAGES);
+BPF_RINGBUF_OUTPUT(large_ring, LARGE_PAGES);
+
+BPF_PERCPU_ARRAY(counters, u64, COUNTERS);
+BPF_ARRAY(settings, struct settings, 1);
+BPF_ARRAY(dns_ports, u64, DNS_PORT_WORDS);
+BPF_HASH(wanted_cgroups, u64, u8, 16384);
+BPF_HASH(wanted_netns, u32, u8, 16384);
+
+/* Tunnel headers, an IPv6 header with options, UDP, and the longest question. */
+#define SCRATCH_BYTES 512
+#define PACKET_BYTES (SCRATCH_BYTES - 16)
+
+struct scratch {
+	u64 owner; /* who fills it now: tells when somebody else took it over */
+	u8 bytes[SCRATCH_BYTES + 16]; /* reads of up to 16 bytes at a masked offset stay inside */
+};
+
+/*
+ * Where packets are parsed. Programs in softirq context are not preempted by
+ * one another; those in process context can be, so each task has its own, by
+ * the low bits of its id.
+ */
+BPF_ARRAY(task_scratch, struct scratch, TASK_SCRATCHES);
+BPF_PERCPU_ARRAY(softirq_scratch, struct scratch, 1);
+BPF_PERCPU_ARRAY(drop_scratch, struct scratch, 1);
+
+#endif

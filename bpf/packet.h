@@ -1,0 +1,279 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+/*
+ * From a packet to the DNS question in it. Packets come from strangers: every
+ * length is checked against what was really read.
+ *
+ * The bytes from the network header on are first copied into a scratch buffer,
+ * which makes one parser serve all hooks (some have an skb to ask, some only a
+ * kernel address) and packets that are not linear.
+ */
+#ifndef DNSTRACE_PACKET_H
+#define DNSTRACE_PACKET_H
+
+#define ETH_HLEN 14
+#define ETHERTYPE_IPV4 0x0800
+#define ETHERTYPE_IPV6 0x86dd
+#define ETHERTYPE_VLAN 0x8100
+#define ETHERTYPE_QINQ 0x88a8
+#define PROTO_IPIP 4
+#define PROTO_UDP 17
+#define PROTO_IPV6 41
+#define UDP_HLEN 8
+#define DNS_HLEN 12
+#define DNS_QR 0x80 /* in the first byte of the flags */
+
+#define MAX_VLAN_TAGS 2
+#define MAX_EXTENSION_HEADERS 4
+#define MAX_LABELS 128 /* 255 bytes of one-byte labels, and the root */
+#define QUESTION_WORDS 33 /* 8 bytes each: the longest name, type and class */
+
+/* Where a packet can be read from. skb: BPF's context; else address and len. */
+struct source {
+	struct __sk_buff *skb;
+	u64 address; /* of the network header */
+	u32 offset; /* of the network header from skb's data */
+	u32 len; /* bytes from the network header on */
+	u32 linear; /* of these, readable at address */
+};
+
+/* A DNS message over UDP, and where it lies. */
+struct message {
+	struct flow flow;
+	u32 question_hash;
+	u32 offset; /* of the DNS header from the network header */
+	u16 len; /* of the DNS message, by the UDP header, at most what the packet holds */
+	u16 question_len; /* 0: none, or not parsable */
+	__be16 id;
+	__be16 flags;
+	u8 direction;
+	u8 family;
+};
+
+static __always_inline u8 u8_at(struct scratch *scratch, u32 offset)
+{
+	return scratch->bytes[offset & (SCRATCH_BYTES - 1)];
+}
+
+static __always_inline u16 u16_at(struct scratch *scratch, u32 offset)
+{
+	return *(u16 *)&scratch->bytes[offset & (SCRATCH_BYTES - 1)];
+}
+
+static __always_inline u32 u32_at(struct scratch *scratch, u32 offset)
+{
+	return *(u32 *)&scratch->bytes[offset & (SCRATCH_BYTES - 1)];
+}
+
+static __always_inline u64 u64_at(struct scratch *scratch, u32 offset)
+{
+	return *(u64 *)&scratch->bytes[offset & (SCRATCH_BYTES - 1)];
+}
+
+/* Copies up to size bytes of the packet, from offset on. Returns how many. */
+static __always_inline u32 source_read(struct source *source, u32 offset, void *to, u32 size)
+{
+	u64 limit = source->skb ? source->len : source->linear;
+
+	if (offset >= limit)
+		return 0;
+	limit -= offset;
+	if (limit > size)
+		limit = size;
+	/* Clang would merge the checks into one that the verifier cannot follow. */
+	asm volatile("" : "+r"(limit));
+	if (limit > size)
+		return 0;
+	asm volatile("" : "+r"(limit));
+	if (limit == 0)
+		return 0;
+	if (source->skb) {
+		if (bpf_skb_load_bytes(source->skb, source->offset + offset, to, limit))
+			return 0;
+	} else if (bpf_probe_read_kernel(to, limit, (void *)(source->address + offset))) {
+		return 0;
+	}
+	return limit;
+}
+
+static __always_inline void map_ipv4(__be64 *to, __be32 address)
+{
+	to[0] = 0;
+	*(u32 *)&to[1] = bpf_htonl(0xffff);
+	*((u32 *)&to[1] + 1) = address;
+}
+
+static __always_inline void copy_ipv6(__be64 *to, struct scratch *scratch, u32 offset)
+{
+	to[0] = u64_at(scratch, offset);
+	to[1] = u64_at(scratch, offset + 8);
+}
+
+/*
+ * Hashes type, class and name of the first question without regard to case
+ * (servers may change it, RFC 4343). Sets question_len to 0 where there is none.
+ */
+static __always_inline void hash_question(struct scratch *scratch, u32 captured,
+					  struct message *message)
+{
+	u32 start = message->offset + DNS_HLEN, end = start, label = 0, i;
+	u64 hash = 0, word;
+
+	message->question_len = 0;
+	message->question_hash = 0;
+	if (u16_at(scratch, message->offset + 4) == 0)
+		return;
+	for (i = 0; i < MAX_LABELS; i++) {
+		if (end >= captured)
+			return;
+		label = u8_at(scratch, end);
+		end += label + 1;
+		if (label == 0)
+			break;
+		if (label > 63 || end - start > 255)
+			return;
+	}
+	end += 4;
+	if (label || end > captured || end > message->offset + message->len)
+		return;
+	message->question_len = end - start;
+	for (i = 0; i < QUESTION_WORDS; i++) {
+		u32 left = message->question_len - i * 8;
+
+		word = u64_at(scratch, start + i * 8) | 0x2020202020202020ULL;
+		if (left < 8)
+#if __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
+			word &= (1ULL << (left * 8 & 63)) - 1;
+#else
+			word &= ~(~0ULL >> (left * 8 & 63));
+#endif
+		hash = (hash ^ word) * 0x9e3779b97f4a7c15ULL;
+		hash ^= hash >> 29;
+		if (left <= 8)
+			break;
+	}
+	message->question_hash = hash ^ hash >> 32;
+}
+
+/* The bit of a port in the table of DNS ports; ports in network byte order. */
+static __always_inline bool is_dns_port(__be16 port)
+{
+	u32 word = bpf_ntohs(port) >> 6;
+	u64 *bits = dns_ports.lookup(&word);
+
+	return bits && *bits >> (bpf_ntohs(port) & 63) & 1;
+}
+
+static __always_inline bool is_tunnel_port(__be16 port)
+{
+	return port == bpf_htons(4789) || port == bpf_htons(8472) || port == bpf_htons(6081);
+}
+
+/*
+ * Finds the UDP header from the IP header at offset on, and fills the addresses
+ * as source and destination. Returns its offset, or 0: no UDP in here, a later
+ * fragment, or cut off. IP in IP goes one level deep.
+ */
+static __always_inline u32 find_udp(struct scratch *scratch, u32 captured, u32 offset,
+				    struct message *message)
+{
+	u8 version = u8_at(scratch, offset) >> 4, protocol;
+	u32 i;
+
+	if (version == 4 && u8_at(scratch, offset + 9) == PROTO_IPIP) {
+		offset += (u8_at(scratch, offset) & 15) * 4;
+		version = u8_at(scratch, offset) >> 4;
+	}
+	message->family = version;
+	if (version == 4) {
+		u32 header = (u8_at(scratch, offset) & 15) * 4;
+
+		if (header < 20 || u8_at(scratch, offset + 9) != PROTO_UDP)
+			return 0;
+		if (u16_at(scratch, offset + 6) & bpf_htons(0x1fff))
+			return 0;
+		map_ipv4(message->flow.client_addr, u32_at(scratch, offset + 12));
+		map_ipv4(message->flow.server_addr, u32_at(scratch, offset + 16));
+		offset += header;
+	} else if (version == 6) {
+		protocol = u8_at(scratch, offset + 6);
+		copy_ipv6(message->flow.client_addr, scratch, offset + 8);
+		copy_ipv6(message->flow.server_addr, scratch, offset + 24);
+		offset += 40;
+		for (i = 0; i < MAX_EXTENSION_HEADERS && protocol != PROTO_UDP; i++) {
+			/* Hop-by-hop, routing, destination options; fragment. */
+			if (protocol == 0 || protocol == 43 || protocol == 60) {
+				protocol = u8_at(scratch, offset);
+				offset += (u8_at(scratch, offset + 1) + 1) * 8;
+			} else if (protocol == 44) {
+				if (u16_at(scratch, offset + 2) & bpf_htons(0xfff8))
+					return 0;
+				protocol = u8_at(scratch, offset);
+				offset += 8;
+			} else {
+				return 0;
+			}
+		}
+		if (protocol != PROTO_UDP)
+			return 0;
+	} else {
+		return 0;
+	}
+	return offset + UDP_HLEN <= captured ? offset : 0;
+}
+
+enum parsed { NOT_DNS, UNDECODABLE, IS_DNS };
+
+/* Reads the DNS message of a packet, through VXLAN or Geneve where tunnels is set. */
+static __always_inline enum parsed parse(struct source *source, struct scratch *scratch,
+					 struct message *message, bool tunnels)
+{
+	u32 captured = source_read(source, 0, scratch->bytes, PACKET_BYTES), udp, udp_len, i;
+	__be16 from, to;
+
+	if (captured < 20 + UDP_HLEN)
+		return NOT_DNS;
+	udp = find_udp(scratch, captured, 0, message);
+	if (!udp)
+		return NOT_DNS;
+	if (tunnels && is_tunnel_port(u16_at(scratch, udp + 2))) {
+		u32 inner = udp + UDP_HLEN + 8;
+
+		if (u16_at(scratch, udp + 2) == bpf_htons(6081))
+			inner += (u8_at(scratch, udp + UDP_HLEN) & 63) * 4;
+		if (inner + ETH_HLEN + 20 > captured)
+			return NOT_DNS;
+		udp = find_udp(scratch, captured, inner + ETH_HLEN, message);
+		if (!udp)
+			return NOT_DNS;
+	}
+	from = u16_at(scratch, udp);
+	to = u16_at(scratch, udp + 2);
+	message->offset = udp + UDP_HLEN;
+	udp_len = bpf_ntohs(u16_at(scratch, udp + 4));
+	if (udp_len < UDP_HLEN + DNS_HLEN || message->offset + DNS_HLEN > captured)
+		return is_dns_port(to) || is_dns_port(from) ? UNDECODABLE : NOT_DNS;
+	message->direction = u8_at(scratch, message->offset + 2) & DNS_QR ? RESPONSE : QUERY;
+	if (!is_dns_port(message->direction == QUERY ? to : from))
+		return is_dns_port(to) || is_dns_port(from) ? UNDECODABLE : NOT_DNS;
+	message->len = udp_len - UDP_HLEN;
+	message->id = u16_at(scratch, message->offset);
+	message->flags = u16_at(scratch, message->offset + 2);
+	if (message->direction == QUERY) {
+		message->flow.client_port = from;
+		message->flow.server_port = to;
+	} else {
+#pragma unroll
+		for (i = 0; i < 2; i++) {
+			__be64 address = message->flow.client_addr[i];
+
+			message->flow.client_addr[i] = message->flow.server_addr[i];
+			message->flow.server_addr[i] = address;
+		}
+		message->flow.client_port = to;
+		message->flow.server_port = from;
+	}
+	hash_question(scratch, captured, message);
+	return IS_DNS;
+}
+
+#endif

@@ -1,0 +1,366 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+/*
+ * The table of transactions in flight: begun by a query's first hop, grown by
+ * each further hop, ended by the client's receive (then one record leaves), by
+ * a repeat of the query, by a newer query that needs the slot, or by user
+ * space when time is up.
+ */
+#ifndef DNSTRACE_TRANSACTIONS_H
+#define DNSTRACE_TRANSACTIONS_H
+
+#define NO_SLOT 0xffffffff
+#define EVICTION_CANDIDATES 8
+#define NO_WAKEUP 1 /* BPF_RB_NO_WAKEUP: user space polls; waking it costs more than the rest */
+
+/* Where and when a packet was seen. */
+struct place {
+	u64 t_ns;
+	u32 ifindex;
+	u32 netns;
+	u32 drop_reason;
+	u8 kind;
+};
+
+/* Who sent a query. All 0 at hooks that do not know. */
+struct sender {
+	u64 cgroup_id;
+	u32 netns;
+	u32 pid;
+	char comm[16];
+};
+
+static __always_inline void count(u32 which)
+{
+	u64 *value = counters.lookup(&which);
+
+	if (value)
+		*value += 1;
+}
+
+static __always_inline bool same_address(const __be64 *a, const __be64 *b)
+{
+	return a[1] == b[1] && a[0] == b[0];
+}
+
+static __always_inline bool same_flow(const struct flow *a, const struct flow *b)
+{
+	return a->client_port == b->client_port && a->server_port == b->server_port &&
+	       same_address(a->client_addr, b->client_addr) &&
+	       same_address(a->server_addr, b->server_addr);
+}
+
+static __always_inline void make_key(struct index_key *key, const struct flow *flow, __be16 dns_id,
+				     u32 variant)
+{
+	key->client_addr[0] = flow->client_addr[0];
+	key->client_addr[1] = flow->client_addr[1];
+	key->client_port = flow->client_port;
+	key->dns_id = dns_id;
+	key->variant = variant;
+}
+
+/* Whether a message belongs to what a slot holds; a response may lack its question. */
+static __always_inline bool is_about(struct transaction *slot, struct message *message)
+{
+	u32 i;
+
+	if (slot->dns_id != message->id)
+		return false;
+	if (slot->question_hash != message->question_hash &&
+	    (message->direction == QUERY || message->question_len))
+		return false;
+	if (slot->variant == 0)
+		return true;
+	/* One of several that share a client socket and an id: the server decides. */
+#pragma unroll
+	for (i = 0; i < MAX_FLOWS; i++) {
+		if (i < slot->nflows && same_address(slot->flows[i].server_addr,
+						     message->flow.server_addr))
+			return true;
+	}
+	return false;
+}
+
+/* Finds the transaction of a message whose addresses are flow. Returns its slot or NO_SLOT. */
+static __always_inline u32 find_slot(struct message *message, struct flow *flow, u64 now_ns)
+{
+	struct index_key key;
+	struct transaction *slot;
+	u32 zero = 0, variant, *number;
+	u64 *last_ns;
+
+	make_key(&key, flow, message->id, 0);
+	number = slot_index.lookup(&key);
+	if (number) {
+		u32 found = *number;
+
+		slot = slots.lookup(&found);
+		if (slot && is_about(slot, message))
+			return found;
+	}
+	last_ns = variant_last_ns.lookup(&zero);
+	if (!last_ns || !*last_ns || now_ns > *last_ns + VARIANT_MEMORY_NS)
+		return NO_SLOT;
+	for (variant = 1; variant < MAX_VARIANTS; variant++) {
+		key.variant = variant;
+		number = slot_index.lookup(&key);
+		if (number) {
+			u32 found = *number;
+
+			slot = slots.lookup(&found);
+			if (slot && is_about(slot, message))
+				return found;
+		}
+	}
+	return NO_SLOT;
+}
+
+/* The index of flow among a slot's, added if it is new. */
+static __always_inline u32 flow_number(struct transaction *slot, struct flow *flow)
+{
+	u32 n = slot->nflows, i;
+
+#pragma unroll
+	for (i = 0; i < MAX_FLOWS; i++) {
+		if (i >= n)
+			break;
+		if (same_flow(&slot->flows[i], flow))
+			return i;
+	}
+	if (n >= MAX_FLOWS) {
+		slot->hops_lost++;
+		return MAX_FLOWS - 1;
+	}
+	slot->flows[n & (MAX_FLOWS - 1)] = *flow;
+	slot->nflows = n + 1;
+	return n;
+}
+
+static __always_inline void add_hop(struct transaction *slot, struct message *message,
+				    struct place *place)
+{
+	u32 n = slot->nhops;
+	struct hop *hop;
+
+	if (n >= MAX_HOPS) {
+		slot->hops_lost++;
+		count(COUNT_HOPS_LOST);
+		return;
+	}
+	hop = &slot->hops[n];
+	hop->t_ns = place->t_ns;
+	hop->ifindex = place->ifindex;
+	hop->netns = place->netns;
+	hop->drop_reason = place->drop_reason;
+	hop->kind = place->kind;
+	hop->direction = message->direction;
+	hop->flow = flow_number(slot, &message->flow);
+	slot->nhops = n + 1;
+	if (message->direction == RESPONSE)
+		slot->response_flags = message->flags;
+}
+
+/* Takes the key of a transaction out of the index. True: the caller now owns the slot. */
+static __always_inline bool claim(struct transaction *slot)
+{
+	struct index_key key;
+	u32 i;
+
+	make_key(&key, &slot->flows[0], slot->dns_id, slot->variant);
+	if (slot_index.delete(&key))
+		return false;
+	if (slot->nflows < 2)
+		return true;
+#pragma unroll
+	for (i = 1; i < MAX_FLOWS; i++) {
+		if (i >= slot->nflows)
+			break;
+		if (slot->flows[i].client_port == slot->flows[0].client_port &&
+		    same_address(slot->flows[i].client_addr, slot->flows[0].client_addr))
+			continue;
+		make_key(&key, &slot->flows[i], slot->dns_id, slot->variant);
+		slot_index.delete(&key);
+	}
+	return true;
+}
+
+static __always_inline void release(u32 number)
+{
+	u64 *start = slot_start.lookup(&number);
+
+	if (start)
+		*start = 0;
+	free_slots.push(&number, 0);
+}
+
+/* Sends the record of an ended transaction on its way; source: the response, or NULL. */
+static __always_inline void emit(struct transaction *slot, struct source *source,
+				 struct message *message)
+{
+	struct small_record *small;
+	struct large_record *large;
+
+	if (source && message->len > RESPONSE_SMALL) {
+		large = large_ring.ringbuf_reserve(sizeof(*large));
+		if (large) {
+			bpf_probe_read_kernel(&large->transaction, sizeof(*slot), slot);
+			large->transaction.response_len = message->len;
+			large->transaction.response_captured = source_read(
+				source, message->offset, large->response, RESPONSE_LARGE);
+			large_ring.ringbuf_submit(large, NO_WAKEUP);
+			count(COUNT_EMITTED);
+			return;
+		}
+	} else {
+		small = small_ring.ringbuf_reserve(sizeof(*small));
+		if (small) {
+			bpf_probe_read_kernel(&small->transaction, sizeof(*slot), slot);
+			small->transaction.response_captured = 0;
+			if (source) {
+				small->transaction.response_len = message->len;
+				small->transaction.response_captured = source_read(
+					source, message->offset, small->response, RESPONSE_SMALL);
+			}
+			small_ring.ringbuf_submit(small, NO_WAKEUP);
+			count(COUNT_EMITTED);
+			return;
+		}
+	}
+	count(COUNT_RING_FULL);
+}
+
+/* A slot for a new transaction: a free one, else that of the oldest of a few. */
+static __always_inline u32 take_slot(void)
+{
+	u32 number = NO_SLOT, start = bpf_get_prandom_u32(), i;
+	u64 oldest_ns = ~0ULL;
+	struct transaction *slot;
+
+	if (free_slots.pop(&number) == 0)
+		return number;
+	for (i = 0; i < EVICTION_CANDIDATES; i++) {
+		u32 candidate = (start + i) & (SLOTS - 1);
+		u64 *start_ns = slot_start.lookup(&candidate);
+
+		if (start_ns && *start_ns && *start_ns < oldest_ns) {
+			oldest_ns = *start_ns;
+			number = candidate;
+		}
+	}
+	slot = slots.lookup(&number);
+	count(COUNT_TABLE_FULL);
+	if (!slot || !claim(slot))
+		return NO_SLOT;
+	return number;
+}
+
+static __always_inline void fill(struct transaction *slot, struct source *source,
+				 struct message *message, struct sender *sender,
+				 struct place *place, struct flow *asked, u8 attempt, u32 variant)
+{
+	slot->start_ns = place->t_ns;
+	slot->end_ns = 0;
+	slot->cgroup_id = sender->cgroup_id;
+	slot->drop_location = 0;
+	slot->netns = sender->netns;
+	slot->pid = sender->pid;
+	slot->question_hash = message->question_hash;
+	slot->query_len = message->len;
+	slot->response_len = 0;
+	slot->response_captured = 0;
+	slot->dns_id = message->id;
+	slot->response_flags = 0;
+	slot->status = STATUS_OPEN;
+	slot->attempt = attempt;
+	slot->nhops = 0;
+	slot->nflows = 1;
+	slot->hops_lost = 0;
+	slot->variant = variant;
+	slot->family = message->family;
+	slot->question_ok = message->question_len != 0;
+	__builtin_memcpy(slot->comm, sender->comm, sizeof(slot->comm));
+	slot->flows[0] = *asked;
+	slot->query_captured = source_read(source, message->offset, slot->query, QUERY_BYTES);
+	add_hop(slot, message, place);
+}
+
+/* Also finds a transaction by the addresses that SNAT gave its client. */
+static __always_inline void add_alias(u32 number, struct transaction *slot, struct flow *flow)
+{
+	struct index_key key;
+
+	if (flow->client_port == slot->flows[0].client_port &&
+	    same_address(flow->client_addr, slot->flows[0].client_addr))
+		return;
+	make_key(&key, flow, slot->dns_id, slot->variant);
+	slot_index.update(&key, &number);
+}
+
+/*
+ * Begins the transaction of a query. asked: the flow as the client addressed it,
+ * which is not message->flow where NAT came before this hook.
+ */
+static __always_inline void begin(struct source *source, struct message *message,
+				  struct sender *sender, struct place *place, struct flow *asked)
+{
+	struct index_key key;
+	struct transaction *slot;
+	u32 zero = 0, number = NO_SLOT, variant, *known;
+	u8 attempt = 1;
+	u64 *start_ns;
+
+	for (variant = 0; variant < MAX_VARIANTS; variant++) {
+		make_key(&key, asked, message->id, variant);
+		known = slot_index.lookup(&key);
+		if (!known)
+			break;
+		number = *known;
+		slot = slots.lookup(&number);
+		if (slot && slot->question_hash == message->question_hash &&
+		    same_flow(&slot->flows[0], asked) && claim(slot)) {
+			/* The client asks again: the earlier attempt has had its time. */
+			attempt = slot->attempt + 1;
+			slot->status = STATUS_TIMEOUT;
+			emit(slot, NULL, message);
+			break;
+		}
+		number = NO_SLOT;
+	}
+	if (variant == MAX_VARIANTS) {
+		count(COUNT_TABLE_FULL);
+		return;
+	}
+	if (attempt == 1)
+		number = take_slot();
+	slot = slots.lookup(&number);
+	if (!slot)
+		return;
+	fill(slot, source, message, sender, place, asked, attempt, variant);
+	start_ns = slot_start.lookup(&number);
+	if (start_ns)
+		*start_ns = place->t_ns;
+	make_key(&key, asked, message->id, variant);
+	if (slot_index.insert(&key, &number)) {
+		release(number);
+		count(COUNT_TABLE_FULL);
+		return;
+	}
+	add_alias(number, slot, &message->flow);
+	if (variant)
+		variant_last_ns.update(&zero, &place->t_ns);
+	count(COUNT_STARTED);
+}
+
+/* Ends a transaction: one record leaves, the slot is free again. */
+static __always_inline void end(u32 number, struct transaction *slot, struct source *source,
+				struct message *message, u8 status, u64 end_ns)
+{
+	if (!claim(slot))
+		return;
+	slot->status = status;
+	slot->end_ns = end_ns;
+	emit(slot, source, message);
+	release(number);
+}
+
+#endif

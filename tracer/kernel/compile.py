@@ -1,0 +1,254 @@
+"""Compiles bpf/ with BCC, without kernel headers, in a child process that then goes away.
+
+LLVM takes more memory than all the rest of the tracer, and gives none of it back. So a forked
+child compiles, creates the maps, and hands over the instructions and the maps' descriptors.
+
+BCC wants a kernel source tree for a handful of definitions; it gets a directory with just
+these. Everything about the kernel's own structs comes from its BTF (see offsets.py).
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import re
+import socket
+import struct
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+
+_BPF_PSEUDO_MAP_FD = 1
+_LD_IMM64 = 0x18
+_INSTRUCTION = struct.Struct("=BBhi")
+_MAX_MAPS = 64
+_INCLUDE = re.compile(r'^#include "(\w+\.h)"$', re.MULTILINE)
+
+PROGRAMS = (
+    "socket_egress",
+    "socket_ingress",
+    "device_ingress",
+    "device_egress",
+)
+MAPS = (
+    "slot_index",
+    "free_slots",
+    "slots",
+    "slot_start",
+    "variant_last_ns",
+    "small_ring",
+    "large_ring",
+    "counters",
+    "settings",
+    "dns_ports",
+    "wanted_cgroups",
+    "wanted_netns",
+    "task_scratch",
+    "softirq_scratch",
+)
+
+# What BCC and the programs take from the kernel's headers, and nothing else.
+_KCONFIG = """
+#ifndef DNSTRACE_KCONFIG_H
+#define DNSTRACE_KCONFIG_H
+typedef unsigned char __u8; typedef signed char __s8;
+typedef unsigned short __u16; typedef short __s16;
+typedef unsigned int __u32; typedef int __s32;
+typedef unsigned long long __u64; typedef long long __s64;
+typedef __u8 u8; typedef __u16 u16; typedef __u32 u32; typedef __u64 u64;
+typedef __s8 s8; typedef __s16 s16; typedef __s32 s32; typedef __s64 s64;
+typedef __u16 __le16; typedef __u16 __be16; typedef __u32 __le32; typedef __u32 __be32;
+typedef __u64 __le64; typedef __u64 __be64; typedef __u16 __sum16; typedef __u32 __wsum;
+typedef __u64 __attribute__((aligned(8))) __aligned_u64;
+typedef unsigned long size_t; typedef unsigned long uintptr_t; typedef long ssize_t;
+typedef _Bool bool;
+#define true 1
+#define false 0
+#define NULL ((void *)0)
+#define CONFIG_BPF_SYSCALL 1
+#define KERNEL_VERSION(a, b, c) (((a) << 16) + ((b) << 8) + ((c) > 255 ? 255 : (c)))
+#define LINUX_VERSION_CODE {version}
+#define PAGE_SIZE {page_size}
+#ifndef __always_inline
+#define __always_inline inline __attribute__((always_inline))
+#endif
+#endif
+"""
+# Classic BPF opcodes (Documentation/networking/filter.rst), which BCC's own bpf.h builds on.
+_BPF_COMMON = {
+    "CLASS(code)": "((code) & 7)", "LD": 0, "LDX": 1, "ST": 2, "STX": 3, "ALU": 4, "JMP": 5,
+    "RET": 6, "MISC": 7, "SIZE(code)": "((code) & 0x18)", "W": 0, "H": 8, "B": 0x10,
+    "MODE(code)": "((code) & 0xe0)", "IMM": 0, "ABS": 0x20, "IND": 0x40, "MEM": 0x60,
+    "LEN": 0x80, "MSH": 0xA0, "OP(code)": "((code) & 0xf0)", "ADD": 0, "SUB": 0x10,
+    "MUL": 0x20, "DIV": 0x30, "OR": 0x40, "AND": 0x50, "LSH": 0x60, "RSH": 0x70, "NEG": 0x80,
+    "MOD": 0x90, "XOR": 0xA0, "JA": 0, "JEQ": 0x10, "JGT": 0x20, "JGE": 0x30, "JSET": 0x40,
+    "SRC(code)": "((code) & 8)", "K": 0, "X": 8,
+}  # fmt: skip
+
+
+class CompileError(Exception):
+    """The programs could not be compiled. The message says why and what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Object:
+    """Compiled programs, and the maps that they refer to.
+
+    In `instructions`, a map stands as its position in MAPS; `linked` puts this process's
+    descriptors in.
+    """
+
+    instructions: Mapping[str, bytes]
+    map_fds: Mapping[str, int]
+
+    def linked(self, program: str, constants: Mapping[int, int] | None = None) -> bytes:
+        """A program ready to load, with each 64-bit constant in `constants` replaced."""
+        code = bytearray(self.instructions[program])
+        position = 0
+        while position < len(code):
+            opcode, registers, offset, low = _INSTRUCTION.unpack_from(code, position)
+            if opcode != _LD_IMM64:
+                position += 8
+                continue
+            if registers >> 4 == _BPF_PSEUDO_MAP_FD:
+                _INSTRUCTION.pack_into(code, position, opcode, registers, offset, self.map_fds[MAPS[low]])
+            elif constants:
+                (high,) = struct.unpack_from("=I", code, position + 12)
+                value = constants.get(high << 32 | low & 0xFFFFFFFF)
+                if value is not None:
+                    struct.pack_into("=I", code, position + 4, value & 0xFFFFFFFF)
+                    struct.pack_into("=I", code, position + 12, value >> 32)
+            position += 16
+        return bytes(code)
+
+    def close(self) -> None:
+        """Gives up the maps."""
+        for fd in self.map_fds.values():
+            os.close(fd)
+
+
+def source_text() -> str:
+    """The C of all programs as one text: BCC handles its own syntax in the main file only."""
+    bpf = files("tracer") / "bpf"
+
+    def include(match: re.Match[str]) -> str:
+        name = match[1]
+        return f'#line 1 "{name}"\n{bpf.joinpath(name).read_text()}'
+
+    main = bpf.joinpath("dnstrace.bpf.c").read_text()
+    return _INCLUDE.sub(include, main)
+
+
+def compile_object(macros: Mapping[str, int]) -> Object:
+    """Compiles in a child process. Raises CompileError.
+
+    `macros` are the offsets of kernel structs and the sizes of maps (see bpf/maps.h).
+    """
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    child = os.fork()
+    if child == 0:
+        ours.close()
+        _compile_in_child(theirs, macros)
+    theirs.close()
+    with ours:
+        payload, fds = _receive(ours)
+    _, status = os.waitpid(child, 0)
+    if not payload:
+        raise CompileError(f"the compiler died (status {status})")
+    answer = pickle.loads(payload)
+    if isinstance(answer, str):
+        raise CompileError(answer)
+    instructions, names = answer
+    return Object(instructions, dict(zip(names, fds, strict=True)))
+
+
+def _compile_in_child(channel: socket.socket, macros: Mapping[str, int]) -> None:
+    """Never returns. LLVM writes its complaints to stderr, which are sent along."""
+    with tempfile.TemporaryFile() as complaints:
+        os.dup2(complaints.fileno(), 2)
+        os.dup2(complaints.fileno(), 1)
+        answer: str | tuple[dict[str, bytes], tuple[str, ...]]
+        fds: list[int] = []
+        try:
+            with tempfile.TemporaryDirectory(prefix="dnstrace-") as tree:
+                _write_include_tree(Path(tree))
+                os.environ["BCC_KERNEL_SOURCE"] = tree
+                instructions, fds = _compile(macros)
+            answer = (instructions, MAPS)
+        except ImportError:
+            answer = "Python cannot import bcc: install it with 'apt-get install python3-bpfcc'"
+        except Exception as error:
+            complaints.seek(0)
+            said = complaints.read().decode(errors="replace").strip()
+            answer = f"BCC cannot compile the programs: {error}\n{said}".strip()
+            fds = []
+        payload = pickle.dumps(answer)
+        channel.sendall(struct.pack("=I", len(payload)) + payload)
+        socket.send_fds(channel, [b"f"], fds)
+    os._exit(0)
+
+
+def _compile(macros: Mapping[str, int]) -> tuple[dict[str, bytes], list[int]]:
+    from bcc import BPF  # noqa: PLC0415 - LLVM must stay out of the parent
+
+    from bcc.libbcc import lib  # noqa: PLC0415
+
+    flags = [f"-D{name}={value}" for name, value in macros.items()]
+    module = BPF(text=source_text(), cflags=["-Wno-unknown-warning-option", *flags])
+    fds = [lib.bpf_table_fd(module.module, name.encode()) for name in MAPS]
+    numbers = {fd: number for number, fd in enumerate(fds)}
+    instructions = {
+        name: _numbered(module.dump_func(name.encode()), numbers) for name in PROGRAMS
+    }
+    return instructions, fds
+
+
+def _numbered(code: bytes, numbers: Mapping[int, int]) -> bytes:
+    """The instructions with each map's descriptor replaced by its number."""
+    result = bytearray(code)
+    position = 0
+    while position < len(result):
+        opcode, registers, offset, fd = _INSTRUCTION.unpack_from(result, position)
+        if opcode == _LD_IMM64:
+            if registers >> 4 == _BPF_PSEUDO_MAP_FD:
+                _INSTRUCTION.pack_into(result, position, opcode, registers, offset, numbers[fd])
+            position += 8
+        position += 8
+    return bytes(result)
+
+
+def _receive(channel: socket.socket) -> tuple[bytes, list[int]]:
+    """The child's answer and descriptors; empty if it died first."""
+    with channel.makefile("rb", buffering=0) as stream:
+        head = stream.read(4)
+        if not head or len(head) < 4:
+            return b"", []
+        (size,) = struct.unpack("=I", head)
+        payload = b""
+        while len(payload) < size:
+            part = stream.read(size - len(payload))
+            if not part:
+                return b"", []
+            payload += part
+    _, fds, _, _ = socket.recv_fds(channel, 1, _MAX_MAPS)
+    return payload, fds
+
+
+def _write_include_tree(tree: Path) -> None:
+    release = [int(re.match(r"\d+", part)[0]) for part in os.uname().release.split(".")[:3]]  # type: ignore[index]
+    version = (release[0] << 16) + (release[1] << 8) + min(release[2], 255)
+    kconfig = _KCONFIG.replace("{version}", str(version))
+    kconfig = kconfig.replace("{page_size}", str(os.sysconf("SC_PAGESIZE")))
+    common = "".join(f"#define BPF_{name} {value}\n" for name, value in _BPF_COMMON.items())
+    texts = {
+        "linux/kconfig.h": kconfig,
+        "linux/bpf_common.h": common,
+        **{f"linux/{name}.h": "#include <linux/kconfig.h>\n" for name in ("version", "log2", "types")},
+        **dict.fromkeys(("uapi/linux/bpf.h", "uapi/linux/if_packet.h", "asm/page.h"), ""),
+    }
+    for name, text in texts.items():
+        path = tree / "include" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)

@@ -1,0 +1,51 @@
+"""Which members of kernel structs the programs read, as macros for bpf/."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tracer.kernel.btf import Btf, BtfError
+
+# Macro name: where the member lies. Without these nothing can be traced.
+_NEEDED = {
+    "OFFSET_sk_buff_sk": ("sk_buff", "sk"),
+    "OFFSET_sk_buff_dev": ("sk_buff", "dev"),
+    "OFFSET_sk_buff_len": ("sk_buff", "len"),
+    "OFFSET_sk_buff_data_len": ("sk_buff", "data_len"),
+    "OFFSET_sk_buff_head": ("sk_buff", "head"),
+    "OFFSET_sk_buff_data": ("sk_buff", "data"),
+    "OFFSET_sk_buff_network_header": ("sk_buff", "network_header"),
+    "OFFSET_sock_net": ("sock", "__sk_common.skc_net.net"),
+    "OFFSET_net_device_ifindex": ("net_device", "ifindex"),
+    "OFFSET_net_device_net": ("net_device", "nd_net.net"),
+    "OFFSET_net_inum": ("net", "ns.inum"),
+    "OFFSET_task_group_leader": ("task_struct", "group_leader"),
+    "OFFSET_task_comm": ("task_struct", "comm"),
+}
+
+
+def kernel_offsets(btf: Btf) -> dict[str, int]:
+    """Macro name to byte offset. Raises BtfError when a member that must be there is not."""
+    offsets = {macro: btf.offset(*where) for macro, where in _NEEDED.items()}
+    offsets.update(_conntrack_offsets(btf))
+    return offsets
+
+
+def _conntrack_offsets(btf: Btf) -> dict[str, int]:
+    """Offsets for reading NAT; none where the kernel, or its loaded modules, lack conntrack."""
+    try:
+        nfct = btf.offset("sk_buff", "_nfct")
+    except BtfError:
+        return {}
+    module = Path("/sys/kernel/btf/nf_conntrack")
+    for types in (btf, module):
+        try:
+            source = types if isinstance(types, Btf) else Btf.load(types, base=btf)
+            # tuplehash[IP_CT_DIR_ORIGINAL] is the first element.
+            original = source.offset("nf_conn", "tuplehash") + source.offset(
+                "nf_conntrack_tuple_hash", "tuple"
+            )
+        except BtfError:
+            continue
+        return {"OFFSET_sk_buff_nfct": nfct, "OFFSET_nf_conn_original": original}
+    return {}
