@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A small Kubernetes-like cluster on one machine, out of network namespaces.
 
 Two nodes, their pods and services, a real CoreDNS with two replicas, and the world outside with

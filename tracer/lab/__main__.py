@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`python -m tracer.lab`: the same as `dnstrace lab`."""
 
 import argparse

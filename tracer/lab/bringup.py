@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Making the lab, step by step: namespaces, links, services, pods, servers."""
 
 from __future__ import annotations
@@ -142,9 +143,7 @@ def _start_pods(parent: Path) -> dict[str, Process]:
     return started
 
 
-def _start_servers(
-    options: Options, server: tuple[str, Path], parent: Path
-) -> dict[str, Process]:
+def _start_servers(options: Options, server: tuple[str, Path], parent: Path) -> dict[str, Process]:
     kind, binary = server
     make = servers.coredns if kind == "coredns" else servers.unbound
     outside = entering.outside_script(topology.UPSTREAM, parent / UPSTREAM_CGROUP)
@@ -155,9 +154,7 @@ def _start_servers(
     for name, script in scripts.items():
         directory = state.SERVER_FILES / name
         directory.mkdir()
-        plan = make(
-            binary, directory, cluster=name != UPSTREAM_SERVER, quiet=options.quiet_servers
-        )
+        plan = make(binary, directory, cluster=name != UPSTREAM_SERVER, quiet=options.quiet_servers)
         for file, text in plan.files.items():
             (directory / file).write_text(text)
         commands[name] = [str(script), *plan.argv]

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The containers' cgroups, all below one cgroup v2 directory of the lab's own.
 
 The v2 hierarchy is looked up in /proc/self/mountinfo, because beside v1 it is rarely at
@@ -6,6 +7,7 @@ The v2 hierarchy is looked up in /proc/self/mountinfo, because beside v1 it is r
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import signal
@@ -24,7 +26,7 @@ def find_mount(mountinfo: str) -> Path | None:
     for line in mountinfo.splitlines():
         before, _, after = line.partition(" - ")
         fields = before.split()
-        if after.startswith("cgroup2 ") and fields[3] == "/" and os.path.isdir(fields[4]):
+        if after.startswith("cgroup2 ") and fields[3] == "/" and Path(fields[4]).is_dir():
             return Path(fields[4])
     return None
 
@@ -73,10 +75,8 @@ def remove(parent: Path) -> None:
     deadline = time.monotonic() + _KILL_TIMEOUT_S
     while parent.is_dir():
         for pid in _pids(parent):
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.kill(int(pid), signal.SIGKILL)
-            except ProcessLookupError:
-                pass
         if _remove_empty(parent):
             return
         if time.monotonic() > deadline:
@@ -98,7 +98,7 @@ def _remove_empty(parent: Path) -> bool:
     """Removes what can be; whether all is gone."""
     for directory, _, _ in os.walk(parent, topdown=False):
         try:
-            os.rmdir(directory)
+            Path(directory).rmdir()
         except OSError as error:
             if error.errno not in (errno.EBUSY, errno.ENOTEMPTY, errno.ENOENT):
                 raise

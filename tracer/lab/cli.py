@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`dnstrace lab up|down|run|status`."""
 
 from __future__ import annotations
@@ -97,4 +98,4 @@ def _run(args: argparse.Namespace) -> int:
         raise LabError("nothing to run: give a command, e.g. `dnstrace lab run dig example.com`")
     whole = [*(enter_node(args.node) if args.node else enter(args.pod)), *argv]
     sys.stdout.flush()
-    os.execv(whole[0], whole)
+    os.execv(whole[0], whole)  # noqa: S606 -- becomes the command, so there is no shell to want

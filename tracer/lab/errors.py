@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The one exception of the lab: what failed, then the remedy, in one line."""
 
 from __future__ import annotations

@@ -1,18 +1,20 @@
+# SPDX-License-Identifier: Apache-2.0
 """The lab as an object, for tests and benchmarks."""
 
 from __future__ import annotations
 
-import os
 import subprocess
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any, Self
 
 from tracer.lab import bringup, cgroups, commands, pods_file, state, teardown, topology
 from tracer.lab.errors import LabError
 from tracer.lab.state import Options, State
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from types import TracebackType
 
 DEFAULT_POD = "sre/web-0"
 
@@ -61,8 +63,7 @@ class Lab:
         bringup.require_tools()
         server = None
         while True:
-            with state.locked(create=True) as lock:
-                assert lock is not None
+            with state.locked() as lock:
                 current = state.load()
                 if current is not None and current.options == self.options and current.alive():
                     return False
@@ -85,13 +86,13 @@ class Lab:
     def down(self) -> bool:
         """Removes the lab; False if there was none."""
         commands.require_root()
-        with state.locked(create=False) as lock:
-            if lock is None:
-                return False
+        if not state.RUN_DIR.exists():
+            return False
+        with state.locked() as lock:
             teardown.tear_down(lock)
         return True
 
-    def __enter__(self) -> Lab:
+    def __enter__(self) -> Self:
         self.up()
         return self
 
@@ -139,15 +140,17 @@ class Lab:
         """Starts a command in a pod; the options are Popen's. Its pid is the command's."""
         return subprocess.Popen([*enter(pod), *argv], **options)
 
-    def run(self, pod: str, argv: Sequence[str], **options: Any) -> subprocess.CompletedProcess[Any]:
+    def run(
+        self, pod: str, argv: Sequence[str], **options: Any
+    ) -> subprocess.CompletedProcess[Any]:
         """Runs a command in a pod to its end; text is captured unless the options say else."""
-        return subprocess.run([*enter(pod), *argv], **_captured(options))
+        return _run([*enter(pod), *argv], options)
 
     def node_exec(
         self, node: str, argv: Sequence[str], **options: Any
     ) -> subprocess.CompletedProcess[Any]:
         """Runs a command on a node as the host would: its network, no pod's cgroup."""
-        return subprocess.run([*enter_node(node), *argv], **_captured(options))
+        return _run([*enter_node(node), *argv], options)
 
     def query_log(self, server: str) -> Path:
         """The query log of "node1", "node2" (the replica there) or "upstream"."""
@@ -188,10 +191,10 @@ def _listed(names: Any) -> str:
     return ", ".join(names)
 
 
-def _captured(options: dict[str, Any]) -> dict[str, Any]:
-    streams = {"stdout", "stderr", "capture_output"} & options.keys()
-    defaults: dict[str, Any] = {} if streams else {"capture_output": True, "text": True}
-    return {**defaults, **options}
+def _run(argv: list[str], options: dict[str, Any]) -> subprocess.CompletedProcess[Any]:
+    if not {"stdout", "stderr", "capture_output"} & options.keys():
+        options = {"capture_output": True, "text": True, **options}
+    return subprocess.run(argv, check=options.pop("check", False), **options)
 
 
 def _running(current: State, pod: topology.Pod) -> RunningPod:
@@ -211,5 +214,5 @@ def _running(current: State, pod: topology.Pod) -> RunningPod:
         container=pod.container,
         container_id=pod.container_id,
         cgroup=cgroup,
-        cgroup_id=os.stat(os.path.join(current.cgroup_mount, cgroup)).st_ino,
+        cgroup_id=Path(current.cgroup_mount, cgroup).stat().st_ino,
     )

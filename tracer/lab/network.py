@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The links, addresses and routes, as input for `ip -batch`: one text per namespace.
 
 The fabric namespace holds the wire: a veth pair of which one end carries a macvlan per node and
@@ -10,7 +11,7 @@ so nothing ever appears in the host's.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from tracer.lab.topology import (
     FABRIC,
@@ -22,6 +23,9 @@ from tracer.lab.topology import (
     Node,
     Pod,
 )
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 UPLINK = "eth0"
 OVERLAY = "flannel.1"

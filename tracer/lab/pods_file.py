@@ -1,8 +1,9 @@
+# SPDX-License-Identifier: Apache-2.0
 """The cluster in the format of `dnstrace --pods FILE`."""
 
 from __future__ import annotations
 
-import os
+from pathlib import Path
 from typing import Any
 
 from tracer.lab.cgroups import PARENT
@@ -23,7 +24,7 @@ def content() -> dict[str, Any]:
 
 
 def netns_inode(name: str) -> int:
-    return os.stat(netns_path(name)).st_ino
+    return Path(netns_path(name)).stat().st_ino
 
 
 def _pod(pod: Pod) -> dict[str, Any]:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Configuration of the name servers: the cluster's as kubeadm's Corefile has it, and outside.
 
 A configuration is a set of files to put into one directory, and the command that serves it.
@@ -6,12 +7,15 @@ Both kinds of server read the same zone files and write one line per query to st
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tracer.lab import zones
 from tracer.lab.topology import DNS_PORT, UPSTREAM_IPS
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
 
 CACHE_S = 30
 
@@ -28,14 +32,18 @@ def coredns(binary: Path, directory: Path, *, cluster: bool, quiet: bool) -> Ser
     """CoreDNS with the cluster's zones, or the outside's; `quiet` writes no query log."""
     data = zones.cluster() if cluster else zones.outside()
     log = [] if quiet else ["log"]
-    blocks = _cluster_blocks(data, log, directory) if cluster else _outside_blocks(data, log, directory)
+    blocks = (
+        _cluster_blocks(data, log, directory) if cluster else _outside_blocks(data, log, directory)
+    )
     files = {_zone_file(zone): text for zone, text in data.items()}
     files["Corefile"] = "\n".join(blocks)
     return Server(files, (str(binary), "-conf", str(directory / "Corefile")))
 
 
 def _cluster_blocks(data: Mapping[str, str], log: list[str], directory: Path) -> list[str]:
-    files = [f"file {directory / _zone_file(zone)} {zone} {{\n        reload 0\n    }}" for zone in data]
+    files = [
+        f"file {directory / _zone_file(zone)} {zone} {{\n        reload 0\n    }}" for zone in data
+    ]
     return [
         _block(
             ".",
@@ -58,10 +66,11 @@ def _outside_blocks(data: Mapping[str, str], log: list[str], directory: Path) ->
         _block(zones.SERVFAIL_ZONE, *log, _answer_code("SERVFAIL")),
         _block("whoami.example.com.", *log, "whoami"),
     ]
+    recursive = "header {\n        response set ra\n        response clear aa\n    }"
     for zone in data:
         slow = [f"delay {zones.SLOW_MS}ms"] if zone == zones.SLOW_ZONE else []
         file = f"file {directory / _zone_file(zone)} {zone} {{\n        reload 0\n    }}"
-        blocks.append(_block(zone, "errors", *log, *slow, file))
+        blocks.append(_block(zone, "errors", *log, *slow, recursive, file))
     return blocks
 
 
@@ -106,24 +115,17 @@ def unbound(binary: Path, directory: Path, *, cluster: bool, quiet: bool) -> Ser
             f'local-zone: "{zones.REFUSED_ZONE}" refuse',
         ]
     parts = [_section("server", server), _section("remote-control", ["control-enable: no"])]
-    for zone in data:
-        parts.append(
-            _section(
-                "auth-zone",
-                [
-                    f'name: "{zone}"',
-                    f'zonefile: "{_zone_file(zone)}"',
-                    "for-downstream: yes",
-                    "for-upstream: no",
-                    "fallback-enabled: no",
-                ],
-            )
-        )
+    parts += [_auth_zone(zone) for zone in data]
     if cluster:
         parts.append(_section("forward-zone", ['name: "."', f"forward-addr: {UPSTREAM_IPS[0]}"]))
     files = {_zone_file(zone): text for zone, text in data.items()}
     files["unbound.conf"] = "\n".join(parts)
     return Server(files, (str(binary), "-d", "-c", str(directory / "unbound.conf")))
+
+
+def _auth_zone(zone: str) -> str:
+    lines = [f'name: "{zone}"', f'zonefile: "{_zone_file(zone)}"']
+    return _section("auth-zone", [*lines, "for-downstream: yes", "for-upstream: no"])
 
 
 def _without_default_zones() -> list[str]:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The services as kube-proxy writes them in iptables mode, ready for iptables-restore.
 
 A packet to a service's address passes KUBE-SERVICES, its service's KUBE-SVC-…, and one of the
@@ -10,9 +11,12 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from tracer.lab.topology import POD_NETWORKS, Port, Service
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
 
 MARK = "0x4000"
 

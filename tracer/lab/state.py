@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is on this machine of the lab: the run directory, its lock, and what is written there.
 
 `owned` names the namespaces before they are made, so that a lab that died half-way can be
@@ -9,12 +10,13 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from tracer.lab.errors import LabError
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 RUN_DIR = Path("/run/dnstrace-lab")
 OWNED = RUN_DIR / "owned"
@@ -107,24 +109,18 @@ def write_whole(path: Path, text: str) -> None:
 
 
 @contextmanager
-def locked(*, create: bool) -> Iterator[int | None]:
-    """Holds the lab's lock; gives its file descriptor, or None where there is no lab to lock.
+def locked() -> Iterator[int]:
+    """Holds the lab's lock, and gives its file descriptor.
 
-    The run directory itself is locked. It may be removed by whoever holds the lock, so a lock
-    got on a directory that is no longer there does not count.
+    The run directory itself is locked, and made for it. Whoever holds the lock may remove the
+    directory, so a lock got on one that is no longer there does not count.
     """
     while True:
-        if create:
-            RUN_DIR.mkdir(mode=0o755, parents=True, exist_ok=True)
+        RUN_DIR.mkdir(mode=0o755, parents=True, exist_ok=True)
         try:
             fd = os.open(RUN_DIR, os.O_RDONLY | os.O_DIRECTORY)
         except FileNotFoundError:
-            if create:
-                continue
-            yield None
-            return
-        except OSError as error:
-            raise LabError(f"cannot open {RUN_DIR}: {error.strerror}; remove it") from error
+            continue
         try:
             fcntl.flock(fd, fcntl.LOCK_EX)
             if _is_current(fd):
@@ -136,6 +132,6 @@ def locked(*, create: bool) -> Iterator[int | None]:
 
 def _is_current(fd: int) -> bool:
     try:
-        return os.path.samestat(os.fstat(fd), os.stat(RUN_DIR))
+        return os.path.samestat(os.fstat(fd), RUN_DIR.stat())
     except FileNotFoundError:
         return False

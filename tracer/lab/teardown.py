@@ -1,7 +1,9 @@
+# SPDX-License-Identifier: Apache-2.0
 """Removing the lab: whatever is written down as owned, and nothing else."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from pathlib import Path
@@ -32,10 +34,8 @@ def tear_down(lock: int) -> None:
         if link.is_symlink():
             link.unlink()
     if ("directory", str(NETNS_FILES)) in owned:
-        try:
+        with contextlib.suppress(OSError):  # somebody else may use it by now
             NETNS_FILES.rmdir()
-        except OSError:
-            pass  # somebody else uses it now
     cgroups.unmount(state.OWN_CGROUP_MOUNT)
     shutil.rmtree(state.RUN_DIR)
 

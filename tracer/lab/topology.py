@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the cluster consists of: nodes, pods and services, with every name and address fixed.
 
 Nothing here touches the machine. Names, uids and container ids are the same on every run, so
@@ -157,9 +158,7 @@ _web = Pod("sre", "web-0", _node1, 10, "web")
 _api = Pod("sre", "api-0", _node1, 11, "api")
 _worker = Pod("sre", "worker-0", _node2, 10, "worker")
 _shop = Pod("default", "shop-0", _node1, 12, "shop")
-_agent = Pod(
-    "sre", "host-agent", _node1, 0, "host-agent", "agent", "ClusterFirstWithHostNet", True
-)
+_agent = Pod("sre", "host-agent", _node1, 0, "host-agent", "agent", "ClusterFirstWithHostNet", True)
 PODS = (*DNS_PODS, _web, _api, _worker, _shop, _agent)
 
 

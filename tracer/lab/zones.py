@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the cluster's and the outside's name servers know, as zone files.
 
 Both CoreDNS and unbound read them. Everything else under cluster.local, and everything else in
@@ -7,9 +8,12 @@ the world, does not exist: NXDOMAIN with an SOA.
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
 
 from tracer.lab.topology import CLUSTER_DOMAIN, DNS_SERVICE, SERVICES, Service
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
 
 TTL_S = 30
 SERVICE_DOMAIN = f"svc.{CLUSTER_DOMAIN}."
@@ -76,7 +80,9 @@ def cluster() -> dict[str, str]:
         host = f"{service.name}.{service.namespace}.{SERVICE_DOMAIN}"
         forward += [(host, *_address(ip)) for ip in service.ips]
         for port in service.ports:
-            forward.append((f"_{port.name}._{port.protocol}.{host}", "SRV", f"0 100 {port.number} {host}"))
+            forward.append(
+                (f"_{port.name}._{port.protocol}.{host}", "SRV", f"0 100 {port.number} {host}")
+            )
         named = [(ip, host) for ip in service.ips]
         for ip, endpoint in _endpoint_names(service, host):
             forward.append((endpoint, *_address(ip)))
@@ -95,9 +101,7 @@ def cluster() -> dict[str, str]:
 
 def outside() -> dict[str, str]:
     """Zone name (absolute) to zone file, for the resolver outside the cluster."""
-    return {
-        zone: _text(zone, _outside_soa(zone), records) for zone, records in _OUTSIDE.items()
-    }
+    return {zone: _text(zone, _outside_soa(zone), records) for zone, records in _OUTSIDE.items()}
 
 
 def _outside_soa(zone: str) -> str:
