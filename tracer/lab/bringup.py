@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -47,7 +49,18 @@ def server_binary(resolver: str) -> tuple[str, Path]:
                 raise
             print(f"lab: {error}; unbound serves instead", file=sys.stderr)
     require(["unbound"])
-    return "unbound", Path(find("unbound") or "unbound")
+    return "unbound", _copied(Path(find("unbound") or "unbound"))
+
+
+def _copied(program: Path) -> Path:
+    """A copy elsewhere: AppArmor confines unbound by its path, to the system's own zones."""
+    copy = coredns_build.cache_dir() / "unbound" / program.name
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    if not copy.exists() or copy.stat().st_mtime != program.stat().st_mtime:
+        new = copy.with_name(f"{program.name}.{os.getpid()}")
+        shutil.copy2(program, new)
+        new.replace(copy)
+    return copy
 
 
 def bring_up(options: Options, server: tuple[str, Path], lock: int) -> None:
@@ -88,10 +101,11 @@ def _write_pod_files() -> None:
 def _etc(directory: Path, resolv_conf: str, hosts: str, hostname: str) -> None:
     directory.mkdir()
     (directory / "resolv.conf").write_text(resolv_conf)
-    (directory / "hosts").write_text(hosts)
-    (directory / "hostname").write_text(hostname + "\n")
     nsswitch = "passwd: files\ngroup: files\nhosts: files dns\n"
-    (directory / "nsswitch.conf").write_text(nsswitch)
+    files = {"hosts": hosts, "hostname": hostname + "\n", "nsswitch.conf": nsswitch}
+    for name, text in files.items():
+        if Path("/etc", name).is_file():  # else there is nothing to mount it on
+            (directory / name).write_text(text)
 
 
 def _make_network(options: Options, lock: int) -> None:
@@ -131,9 +145,10 @@ def _start_pods(parent: Path) -> dict[str, Process]:
     commands = {}
     for pod in topology.PODS:
         files = state.POD_FILES / pod.file_name
+        script = f"hold_{pod.file_name}"
         text = entering.holder_script(pod, parent / pod.cgroup, files, holder)
-        script = entering.write_script(f".hold_{pod.file_name}", text)
-        commands[pod.file_name] = [str(script)]
+        entering.write_script(script, text)
+        commands[pod.file_name] = entering.command(script)
     started = entering.start(commands)
     entering.wait_until_held(started.values())
     for pod in topology.PODS:
@@ -147,9 +162,10 @@ def _start_servers(options: Options, server: tuple[str, Path], parent: Path) -> 
     kind, binary = server
     make = servers.coredns if kind == "coredns" else servers.unbound
     outside = entering.outside_script(topology.UPSTREAM, parent / UPSTREAM_CGROUP)
-    scripts = {UPSTREAM_SERVER: entering.write_script(UPSTREAM_SERVER, outside)}
+    entering.write_script(UPSTREAM_SERVER, outside)
+    scripts = {UPSTREAM_SERVER: UPSTREAM_SERVER}
     for pod in topology.DNS_PODS:
-        scripts[f"dns-{pod.node.name}"] = state.ENTER / pod.file_name
+        scripts[f"dns-{pod.node.name}"] = pod.file_name
     commands = {}
     for name, script in scripts.items():
         directory = state.SERVER_FILES / name
@@ -157,7 +173,7 @@ def _start_servers(options: Options, server: tuple[str, Path], parent: Path) -> 
         plan = make(binary, directory, cluster=name != UPSTREAM_SERVER, quiet=options.quiet_servers)
         for file, text in plan.files.items():
             (directory / file).write_text(text)
-        commands[name] = [str(script), *plan.argv]
+        commands[name] = [*entering.command(script), *plan.argv]
     started = entering.start(commands)
     entering.wait_until_listening(started.values())
     return started

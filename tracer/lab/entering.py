@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from tracer.lab.commands import netns_path
 from tracer.lab.errors import LabError
-from tracer.lab.state import ENTER, LOGS, Process, start_time
+from tracer.lab.state import ENTER, LOGS, OVERLAYS, Process, start_time
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -30,13 +30,13 @@ _LISTENING = ":0035 "
 
 _OWN_FILES = """\
 if [ -L /etc/resolv.conf ] || [ ! -e /etc/resolv.conf ]; then
-  mkdir -p {files}/.upper {files}/.work
-  mount -t overlay -o lowerdir=/etc,upperdir={files}/.upper,workdir={files}/.work overlay /etc
+  mkdir -p {overlay}/upper {overlay}/work
+  mount -t overlay -o lowerdir=/etc,upperdir={overlay}/upper,workdir={overlay}/work overlay /etc
   rm -f /etc/resolv.conf
   : > /etc/resolv.conf
 fi
 for name in resolv.conf hosts hostname nsswitch.conf; do
-  if [ -f /etc/$name ]; then mount --bind {files}/$name /etc/$name; fi
+  if [ -f {files}/$name ]; then mount --bind {files}/$name /etc/$name; fi
 done
 echo {hostname} > /proc/sys/kernel/hostname
 exec {holder} infinity
@@ -50,7 +50,9 @@ def holder_script(pod: Pod, cgroup: Path, files: Path, holder: Path) -> str:
     overlay first.
     """
     hostname = pod.node.name if pod.host_network else pod.name
-    own = "set -e\n" + _OWN_FILES.format(files=files, hostname=hostname, holder=holder)
+    own = "set -e\n" + _OWN_FILES.format(
+        files=files, overlay=OVERLAYS / pod.file_name, hostname=hostname, holder=holder
+    )
     return _script(
         f"Holds pod {pod.full_name}.",
         cgroup,
@@ -79,11 +81,15 @@ def _script(title: str, cgroup: Path, command: str) -> str:
     return f"#!/bin/sh\n# {title}\necho 0 > {cgroup}/cgroup.procs || exit 125\nexec {command}\n"
 
 
-def write_script(name: str, text: str) -> Path:
+def write_script(name: str, text: str) -> None:
     path = ENTER / name
     path.write_text(text)
     path.chmod(0o755)
-    return path
+
+
+def command(name: str) -> list[str]:
+    """The script of that name as the start of a command line; /run may be mounted noexec."""
+    return ["/bin/sh", str(ENTER / name)]
 
 
 def start(commands: Mapping[str, Iterable[str]]) -> dict[str, Process]:

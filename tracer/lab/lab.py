@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from tracer.lab import bringup, cgroups, commands, pods_file, state, teardown, topology
+from tracer.lab import bringup, cgroups, commands, entering, pods_file, state, teardown, topology
 from tracer.lab.errors import LabError
 from tracer.lab.state import Options, State
 
@@ -79,8 +79,12 @@ class Lab:
     def _bring_up(self, server: tuple[str, Path], lock: int) -> None:
         try:
             bringup.bring_up(self.options, server, lock)
-        except BaseException:
+        except BaseException as error:
             teardown.tear_down(lock)
+            if isinstance(error, OSError):
+                raise LabError(
+                    f"the lab could not be made ({error}): see `dnstrace doctor`"
+                ) from error
             raise
 
     def down(self) -> bool:
@@ -168,7 +172,7 @@ def enter(pod: str) -> list[str]:
     current = state.load()
     if current is None or not current.process(found.file_name).alive():
         raise LabError("the lab is not up: run `dnstrace lab up`")
-    return [str(state.ENTER / found.file_name)]
+    return entering.command(found.file_name)
 
 
 def enter_node(node: str) -> list[str]:

@@ -25,6 +25,7 @@ PODS_FILE = RUN_DIR / "pods.json"
 LOGS = RUN_DIR / "log"
 POD_FILES = RUN_DIR / "pods"
 SERVER_FILES = RUN_DIR / "servers"
+OVERLAYS = RUN_DIR / "overlay"
 ENTER = RUN_DIR / "enter"
 OWN_CGROUP_MOUNT = RUN_DIR / "cgroup"
 
