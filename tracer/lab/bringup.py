@@ -35,7 +35,7 @@ RESTORE_TOOLS = {
 
 
 def require_tools() -> None:
-    tools = ["ip", "bridge", "nsenter", "unshare", "setsid", "mount", "sleep", "iptables-restore"]
+    tools = ["ip", "bridge", "nsenter", "unshare", "setsid", "mount", "iptables-restore"]
     require(tools)
 
 
@@ -141,7 +141,8 @@ def _make_services(wanted: str, lock: int) -> None:
 
 def _start_pods(parent: Path) -> dict[str, Process]:
     holder = state.RUN_DIR / entering.HOLDER
-    holder.symlink_to(find("sleep") or "/bin/sleep")
+    holder.symlink_to("/bin/sh")
+    os.mkfifo(f"{holder}.wait")
     commands = {}
     for pod in topology.PODS:
         files = state.POD_FILES / pod.file_name

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import time
 
@@ -53,6 +54,9 @@ def main(args: argparse.Namespace) -> int:
     except LabError as error:
         print(f"dnstrace: {error}", file=sys.stderr)
         return error.status
+    except KeyboardInterrupt:
+        print("dnstrace: interrupted: run `dnstrace lab down`", file=sys.stderr)
+        return FAILED
 
 
 def _up(args: argparse.Namespace) -> int:
@@ -97,5 +101,5 @@ def _run(args: argparse.Namespace) -> int:
     if not argv:
         raise LabError("nothing to run: give a command, e.g. `dnstrace lab run dig example.com`")
     whole = [*(enter_node(args.node) if args.node else enter(args.pod)), *argv]
-    sys.stdout.flush()
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # Python ignores it, and exec would keep that
     os.execv(whole[0], whole)  # noqa: S606 -- becomes the command, so there is no shell to want

@@ -22,7 +22,6 @@ PACKAGES: Mapping[str, str] = {
     "nsenter": "util-linux",
     "setsid": "util-linux",
     "unshare": "util-linux",
-    "sleep": "coreutils",
     "unbound": "unbound",
 }
 

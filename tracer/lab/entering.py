@@ -39,7 +39,7 @@ for name in resolv.conf hosts hostname nsswitch.conf; do
   if [ -f {files}/$name ]; then mount --bind {files}/$name /etc/$name; fi
 done
 echo {hostname} > /proc/sys/kernel/hostname
-exec {holder} infinity
+exec {holder} -c 'read -r never' <> {holder}.wait
 """
 
 
@@ -47,7 +47,8 @@ def holder_script(pod: Pod, cgroup: Path, files: Path, holder: Path) -> str:
     """Makes the pod's mount and UTS namespaces and stays in them, doing nothing.
 
     Where the host's /etc/resolv.conf is a link, nothing can be mounted on it, so /etc becomes an
-    overlay first.
+    overlay first. The holder is a shell under another name that reads from a FIFO in which nothing
+    ever comes; `sleep` may be part of a program that goes by its name.
     """
     hostname = pod.node.name if pod.host_network else pod.name
     own = "set -e\n" + _OWN_FILES.format(

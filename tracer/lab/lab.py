@@ -13,7 +13,7 @@ from tracer.lab.errors import LabError
 from tracer.lab.state import Options, State
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
     from types import TracebackType
 
 DEFAULT_POD = "sre/web-0"
@@ -191,7 +191,7 @@ def _named(name: str) -> topology.Pod:
     raise LabError(f"no pod {name}: there are {_listed(p.full_name for p in topology.PODS)}")
 
 
-def _listed(names: Any) -> str:
+def _listed(names: Iterable[str]) -> str:
     return ", ".join(names)
 
 

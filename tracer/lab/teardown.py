@@ -28,7 +28,11 @@ def tear_down(lock: int) -> None:
     names = [value for kind, value in owned if kind == "netns"]
     present = [name for name in names if os.path.lexists(netns_path(name))]
     if present:
-        run(["ip", "-batch", "-"], stdin="".join(f"netns del {n}\n" for n in present), keep_fd=lock)
+        run(
+            ["ip", "-force", "-batch", "-"],
+            stdin="".join(f"netns del {n}\n" for n in present),
+            keep_fd=lock,
+        )
     for name in names:
         link = NETNS_FILES / name
         if link.is_symlink():
