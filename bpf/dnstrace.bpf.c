@@ -15,12 +15,14 @@
 #include "packet.h"
 #include "transactions.h"
 
-#define CGROUP_ALLOW 1
-#define TC_CONTINUE -1 /* TCX_NEXT, and TC_ACT_UNSPEC for clsact: ask the next program */
-
-/* Constants that user space writes into each loaded copy of a device program. */
+/*
+ * Constants that user space writes into each loaded copy of a program, so that
+ * the verifier drops what that copy does not need.
+ */
 #define MARK_NETNS 0x646e737472616301ULL
 #define MARK_L2_HLEN 0x646e737472616302ULL
+#define MARK_HOOK 0x646e737472616303ULL /* enum hop_kind */
+#define MARK_VERDICT 0x646e737472616304ULL /* whatever lets the packet pass at this hook */
 
 static __always_inline u64 patched(u64 mark)
 {
@@ -146,9 +148,8 @@ static __always_inline bool maybe_dns(struct __sk_buff *skb, u32 l3, u16 protoco
 
 static __always_inline bool is_wanted(struct sender *sender)
 {
-	u32 zero = 0, level;
+	u32 zero = 0;
 	struct settings *set = settings.lookup(&zero);
-	u64 ancestor;
 
 	if (!set)
 		return false;
@@ -174,35 +175,13 @@ static __always_inline bool is_unfiltered(void)
 	return set && (!set->wanted || set->wanted & WANT_SERVER_SIDE);
 }
 
-/* A query that no hook has seen before, or seen under other addresses. */
-static __always_inline void query_without_slot(struct source *source, u64 skb,
-					       struct message *message, struct place *place)
-{
-	struct sender nobody = {};
-	struct flow asked;
-	struct transaction *slot;
-	u32 number;
-
-	if (!original_flow(skb, message->family, &asked)) {
-		asked = message->flow;
-	} else {
-		number = find_slot(message, &asked, place->t_ns);
-		slot = slots.lookup(&number);
-		if (slot) {
-			add_alias(number, slot, &message->flow);
-			add_hop(slot, message, place);
-			return;
-		}
-	}
-	if (is_unfiltered())
-		begin(source, message, &nobody, place, &asked);
-}
-
 /* Whether a response that passes here has gone back all the way that we saw the query come. */
 static __always_inline bool is_last_hop(struct transaction *slot, struct place *place)
 {
 	struct hop *first = &slot->hops[0];
 
+	if (place->kind == HOP_RECEIVE)
+		return true;
 	switch (first->kind) {
 	case HOP_RECEIVE:
 		return place->kind == HOP_SEND;
@@ -217,162 +196,139 @@ static __always_inline bool is_last_hop(struct transaction *slot, struct place *
 	}
 }
 
-/* A packet on its way, at a device or at the server's socket. */
-static __always_inline void passing(struct source *source, u64 skb, struct message *message,
-				    struct place *place)
+/*
+ * What one packet does to the table: a hop more, a transaction ended, a
+ * transaction begun. One flow of control, so that the compiler sees each of the
+ * large steps once.
+ */
+static __always_inline void seen(struct source *source, u64 skb, struct message *message,
+				 struct place *place)
 {
-	u32 number = find_slot(message, &message->flow, place->t_ns);
-	struct transaction *slot = slots.lookup(&number);
-
-	if (!slot) {
-		if (message->direction == QUERY)
-			query_without_slot(source, skb, message, place);
-		return;
-	}
-	add_hop(slot, message, place);
-	if (message->direction == RESPONSE && is_last_hop(slot, place))
-		end(number, slot, source, message, STATUS_ANSWERED, 0);
-}
-
-/* A socket hands a DNS message to IP. */
-static __always_inline void socket_send(struct source *source, u64 skb, struct message *message)
-{
-	struct place place = { .kind = HOP_SEND, .t_ns = bpf_ktime_get_ns() };
+	bool sent = place->kind == HOP_SEND && message->direction == QUERY;
+	struct flow asked = message->flow;
 	struct sender sender = {};
-	struct flow asked;
-
-	sender.netns = netns_of_skb_sock(skb);
-	place.netns = sender.netns;
-	if (message->direction == RESPONSE) {
-		passing(source, skb, message, &place);
-		return;
-	}
-	sender.pid = bpf_get_current_pid_tgid() >> 32;
-	sender.cgroup_id = bpf_get_current_cgroup_id();
-	if (!is_wanted(&sender)) {
-		count(COUNT_FILTERED);
-		return;
-	}
-	process_name(sender.comm);
-	if (!original_flow(skb, message->family, &asked))
-		asked = message->flow;
-	begin(source, message, &sender, &place, &asked);
-}
-
-/* A DNS message reaches a socket: the end of the way, or the server. */
-static __always_inline void socket_receive(struct source *source, u64 skb, u64 sk,
-					   struct message *message)
-{
-	struct place place = { .kind = HOP_RECEIVE, .t_ns = bpf_ktime_get_ns() };
 	struct transaction *slot;
-	u32 number;
+	u32 number = NO_SLOT, variant = 0;
+	u8 attempt = 1, status = STATUS_ANSWERED;
 
-	if (message->direction == QUERY) {
-		place.netns = sk ? netns_of_sock(sk) : netns_of_skb_sock(skb);
-		passing(source, skb, message, &place);
-		return;
+	if (sent) {
+		sender.netns = place->netns;
+		sender.pid = bpf_get_current_pid_tgid() >> 32;
+		sender.cgroup_id = bpf_get_current_cgroup_id();
+		if (!is_wanted(&sender)) {
+			count(COUNT_FILTERED);
+			return;
+		}
+		process_name(sender.comm);
+		original_flow(skb, message->family, &asked);
+	} else {
+		number = find_slot(message, &asked, place->t_ns);
+		if (number == NO_SLOT && message->direction == QUERY &&
+		    original_flow(skb, message->family, &asked))
+			number = find_slot(message, &asked, place->t_ns);
 	}
-	number = find_slot(message, &message->flow, place.t_ns);
 	slot = slots.lookup(&number);
-	if (!slot) {
-		if (is_unfiltered())
+	if (slot) {
+		if (place->kind == HOP_RECEIVE && message->direction == RESPONSE)
+			place->netns = slot->netns;
+		add_alias(number, slot, &message->flow);
+		add_hop(slot, message, place);
+		if (message->direction == QUERY || !is_last_hop(slot, place))
+			return;
+	} else if (message->direction == RESPONSE) {
+		if (place->kind == HOP_RECEIVE && is_unfiltered())
 			count(COUNT_UNMATCHED_RESPONSES);
 		return;
+	} else {
+		if (!sent && !is_unfiltered())
+			return;
+		variant = free_variant(message, &asked, &number);
+		if (variant == MAX_VARIANTS) {
+			count(COUNT_TABLE_FULL);
+			return;
+		}
+		/* The client asks again: the earlier attempt has had its time. */
+		status = STATUS_TIMEOUT;
+		slot = slots.lookup(&number);
 	}
-	place.netns = slot->netns;
-	add_hop(slot, message, &place);
-	end(number, slot, source, message, STATUS_ANSWERED, place.t_ns);
+	if (slot) {
+		if (!claim(slot))
+			return;
+		slot->status = status;
+		if (place->kind == HOP_RECEIVE)
+			slot->end_ns = place->t_ns;
+		attempt = slot->attempt + 1;
+		emit(slot, status == STATUS_ANSWERED ? source : NULL, message);
+		if (status == STATUS_ANSWERED) {
+			release(number);
+			return;
+		}
+	} else {
+		number = take_slot();
+	}
+	begin(number, source, message, &sender, place, &asked, attempt, variant);
 }
 
-int socket_egress(struct __sk_buff *skb)
+/* TC programs on devices, and cgroup_skb programs at the root of the cgroup tree. */
+int packet(struct __sk_buff *skb)
 {
-	u32 task = bpf_get_current_pid_tgid() & (TASK_SCRATCHES - 1);
-	struct source source = { .skb = skb, .len = skb->len };
-	struct message message = {};
+	u32 hook = patched(MARK_HOOK), l3 = patched(MARK_L2_HLEN), key = 0, i;
+	struct source source = { .skb = skb };
+	struct place place = { .kind = hook };
+	bool device = hook == HOP_INGRESS || hook == HOP_EGRESS;
+	struct message *message;
+	u16 protocol = skb->protocol;
 	struct scratch *scratch;
 	enum parsed parsed;
 	u64 owner;
 
-	if (!maybe_dns(skb, 0, skb->protocol, false))
-		return CGROUP_ALLOW;
-	scratch = task_scratch.lookup(&task);
-	if (!scratch)
-		return CGROUP_ALLOW;
-	owner = bpf_get_current_pid_tgid();
-	scratch->owner = owner;
-	parsed = parse(&source, scratch, &message, false);
-	if (scratch->owner != owner)
-		count(COUNT_PREEMPTED);
-	else if (parsed == IS_DNS)
-		socket_send(&source, (u64)skb, &message);
-	else if (parsed == UNDECODABLE)
-		count(COUNT_UNDECODABLE);
-	return CGROUP_ALLOW;
-}
+	if (device) {
+		for (i = 0; i < MAX_VLAN_TAGS; i++) {
+			u8 *tag = (u8 *)(long)skb->data + ETH_HLEN + i * 4;
 
-int socket_ingress(struct __sk_buff *skb)
-{
-	struct source source = { .skb = skb, .len = skb->len };
-	struct message message = {};
-	struct scratch *scratch;
-	enum parsed parsed;
-	u32 zero = 0;
-
-	if (!maybe_dns(skb, 0, skb->protocol, false))
-		return CGROUP_ALLOW;
-	scratch = softirq_scratch.lookup(&zero);
-	if (!scratch)
-		return CGROUP_ALLOW;
-	parsed = parse(&source, scratch, &message, false);
-	if (parsed == IS_DNS)
-		socket_receive(&source, (u64)skb, 0, &message);
-	else if (parsed == UNDECODABLE)
-		count(COUNT_UNDECODABLE);
-	return CGROUP_ALLOW;
-}
-
-static __always_inline int device(struct __sk_buff *skb, u8 kind)
-{
-	struct source source = { .skb = skb };
-	struct message message = {};
-	struct scratch *scratch;
-	struct place place = { .kind = kind };
-	u32 l3 = patched(MARK_L2_HLEN), zero = 0, i;
-	u16 protocol = skb->protocol;
-
-	for (i = 0; i < MAX_VLAN_TAGS; i++) {
-		u8 *tag = (u8 *)(long)skb->data + ETH_HLEN + i * 4;
-
-		if (protocol != bpf_htons(ETHERTYPE_VLAN) && protocol != bpf_htons(ETHERTYPE_QINQ))
-			break;
-		if (tag + 4 > (u8 *)(long)skb->data_end)
-			return TC_CONTINUE;
-		protocol = *(u16 *)(tag + 2);
-		l3 += 4;
+			if (protocol != bpf_htons(ETHERTYPE_VLAN) &&
+			    protocol != bpf_htons(ETHERTYPE_QINQ))
+				break;
+			if (tag + 4 > (u8 *)(long)skb->data_end)
+				return patched(MARK_VERDICT);
+			protocol = *(u16 *)(tag + 2);
+			l3 += 4;
+		}
+		l3 &= 63;
 	}
-	l3 &= 63;
-	if (!maybe_dns(skb, l3, protocol, true))
-		return TC_CONTINUE;
+	if (!maybe_dns(skb, l3, protocol, device) || skb->len <= l3)
+		return patched(MARK_VERDICT);
 	source.offset = l3;
 	source.len = skb->len - l3;
-	if (skb->len <= l3)
-		return TC_CONTINUE;
-	scratch = softirq_scratch.lookup(&zero);
-	if (!scratch || parse(&source, scratch, &message, true) != IS_DNS)
-		return TC_CONTINUE;
+
+	owner = bpf_get_current_pid_tgid();
+	if (hook == HOP_SEND) {
+		key = owner & (TASK_SCRATCHES - 1);
+		scratch = task_scratch.lookup(&key);
+	} else {
+		scratch = softirq_scratch.lookup(&key);
+	}
+	if (!scratch)
+		return patched(MARK_VERDICT);
+	scratch->owner = owner;
+	message = &scratch->message;
+	parsed = parse(&source, scratch, message, device);
+	if (scratch->owner != owner) {
+		count(COUNT_PREEMPTED);
+		return patched(MARK_VERDICT);
+	}
+	if (parsed != IS_DNS) {
+		if (parsed == UNDECODABLE && !device)
+			count(COUNT_UNDECODABLE);
+		return patched(MARK_VERDICT);
+	}
 	place.t_ns = bpf_ktime_get_ns();
-	place.ifindex = skb->ifindex;
-	place.netns = patched(MARK_NETNS);
-	passing(&source, (u64)skb, &message, &place);
-	return TC_CONTINUE;
-}
-
-int device_ingress(struct __sk_buff *skb)
-{
-	return device(skb, HOP_INGRESS);
-}
-
-int device_egress(struct __sk_buff *skb)
-{
-	return device(skb, HOP_EGRESS);
+	if (device) {
+		place.ifindex = skb->ifindex;
+		place.netns = patched(MARK_NETNS);
+	} else if (hook == HOP_SEND || message->direction == QUERY) {
+		place.netns = netns_of_skb_sock((u64)skb);
+	}
+	seen(&source, (u64)skb, message, &place);
+	return patched(MARK_VERDICT);
 }

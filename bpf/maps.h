@@ -53,8 +53,23 @@ BPF_HASH(wanted_netns, u32, u8, 16384);
 #define SCRATCH_BYTES 512
 #define PACKET_BYTES (SCRATCH_BYTES - 16)
 
+/* A DNS message over UDP, and where it lies. */
+struct message {
+	struct flow flow;
+	u32 question_hash;
+	u32 captured; /* bytes of the packet in the scratch buffer, from the network header on */
+	u32 offset; /* of the DNS header from the network header */
+	u16 len; /* of the DNS message, by the UDP header, at most what the packet holds */
+	u16 question_len; /* 0: none, or not parsable */
+	__be16 id;
+	__be16 flags;
+	u8 direction;
+	u8 family;
+};
+
 struct scratch {
 	u64 owner; /* who fills it now: tells when somebody else took it over */
+	struct message message;
 	u8 bytes[SCRATCH_BYTES + 16]; /* reads of up to 16 bytes at a masked offset stay inside */
 };
 

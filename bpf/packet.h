@@ -36,19 +36,6 @@ struct source {
 	u32 linear; /* of these, readable at address */
 };
 
-/* A DNS message over UDP, and where it lies. */
-struct message {
-	struct flow flow;
-	u32 question_hash;
-	u32 offset; /* of the DNS header from the network header */
-	u16 len; /* of the DNS message, by the UDP header, at most what the packet holds */
-	u16 question_len; /* 0: none, or not parsable */
-	__be16 id;
-	__be16 flags;
-	u8 direction;
-	u8 family;
-};
-
 static __always_inline u8 u8_at(struct scratch *scratch, u32 offset)
 {
 	return scratch->bytes[offset & (SCRATCH_BYTES - 1)];
@@ -112,9 +99,9 @@ static __always_inline void copy_ipv6(__be64 *to, struct scratch *scratch, u32 o
  * Hashes type, class and name of the first question without regard to case
  * (servers may change it, RFC 4343). Sets question_len to 0 where there is none.
  */
-static __always_inline void hash_question(struct scratch *scratch, u32 captured,
-					  struct message *message)
+static __always_inline void hash_question(struct scratch *scratch, struct message *message)
 {
+	u32 captured = message->captured;
 	u32 start = message->offset + DNS_HLEN, end = start, label = 0, i;
 	u64 hash = 0, word;
 
@@ -232,6 +219,7 @@ static __always_inline enum parsed parse(struct source *source, struct scratch *
 
 	if (captured < 20 + UDP_HLEN)
 		return NOT_DNS;
+	message->captured = captured;
 	udp = find_udp(scratch, captured, 0, message);
 	if (!udp)
 		return NOT_DNS;
@@ -249,6 +237,8 @@ static __always_inline enum parsed parse(struct source *source, struct scratch *
 	from = u16_at(scratch, udp);
 	to = u16_at(scratch, udp + 2);
 	message->offset = udp + UDP_HLEN;
+	/* All ways to get here look the same to the verifier from now on. */
+	captured = message->captured;
 	udp_len = bpf_ntohs(u16_at(scratch, udp + 4));
 	if (udp_len < UDP_HLEN + DNS_HLEN || message->offset + DNS_HLEN > captured)
 		return is_dns_port(to) || is_dns_port(from) ? UNDECODABLE : NOT_DNS;
@@ -272,7 +262,7 @@ static __always_inline enum parsed parse(struct source *source, struct scratch *
 		message->flow.client_port = to;
 		message->flow.server_port = from;
 	}
-	hash_question(scratch, captured, message);
+	hash_question(scratch, message);
 	return IS_DNS;
 }
 

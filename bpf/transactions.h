@@ -297,48 +297,47 @@ static __always_inline void add_alias(u32 number, struct transaction *slot, stru
 }
 
 /*
- * Begins the transaction of a query. asked: the flow as the client addressed it,
- * which is not message->flow where NAT came before this hook.
+ * Looks for the variant that a new query can have. Returns MAX_VARIANTS when all
+ * are taken. *number: the slot of an earlier attempt, whose variant is reused.
  */
-static __always_inline void begin(struct source *source, struct message *message,
-				  struct sender *sender, struct place *place, struct flow *asked)
+static __always_inline u32 free_variant(struct message *message, struct flow *asked, u32 *number)
 {
-	struct index_key key;
 	struct transaction *slot;
-	u32 zero = 0, number = NO_SLOT, variant, *known;
-	u8 attempt = 1;
-	u64 *start_ns;
+	struct index_key key;
+	u32 variant, *known;
 
 	for (variant = 0; variant < MAX_VARIANTS; variant++) {
 		make_key(&key, asked, message->id, variant);
 		known = slot_index.lookup(&key);
 		if (!known)
 			break;
-		number = *known;
-		slot = slots.lookup(&number);
+		*number = *known;
+		slot = slots.lookup(number);
 		if (slot && slot->question_hash == message->question_hash &&
-		    same_flow(&slot->flows[0], asked) && claim(slot)) {
-			/* The client asks again: the earlier attempt has had its time. */
-			attempt = slot->attempt + 1;
-			slot->status = STATUS_TIMEOUT;
-			emit(slot, NULL, message);
+		    same_flow(&slot->flows[0], asked))
 			break;
-		}
-		number = NO_SLOT;
+		*number = NO_SLOT;
 	}
-	if (variant == MAX_VARIANTS) {
-		count(COUNT_TABLE_FULL);
-		return;
-	}
-	if (attempt == 1)
-		number = take_slot();
-	slot = slots.lookup(&number);
+	return variant;
+}
+
+/*
+ * Gives a query the slot that the caller owns, and its place in the index.
+ * asked: the flow as the client addressed it, which is not message->flow where
+ * NAT came before this hook.
+ */
+static __always_inline void begin(u32 number, struct source *source, struct message *message,
+				  struct sender *sender, struct place *place, struct flow *asked,
+				  u8 attempt, u32 variant)
+{
+	struct transaction *slot = slots.lookup(&number);
+	struct index_key key;
+	u32 zero = 0;
+
 	if (!slot)
 		return;
 	fill(slot, source, message, sender, place, asked, attempt, variant);
-	start_ns = slot_start.lookup(&number);
-	if (start_ns)
-		*start_ns = place->t_ns;
+	slot_start.update(&number, &place->t_ns);
 	make_key(&key, asked, message->id, variant);
 	if (slot_index.insert(&key, &number)) {
 		release(number);
@@ -349,18 +348,6 @@ static __always_inline void begin(struct source *source, struct message *message
 	if (variant)
 		variant_last_ns.update(&zero, &place->t_ns);
 	count(COUNT_STARTED);
-}
-
-/* Ends a transaction: one record leaves, the slot is free again. */
-static __always_inline void end(u32 number, struct transaction *slot, struct source *source,
-				struct message *message, u8 status, u64 end_ns)
-{
-	if (!claim(slot))
-		return;
-	slot->status = status;
-	slot->end_ns = end_ns;
-	emit(slot, source, message);
-	release(number);
 }
 
 #endif

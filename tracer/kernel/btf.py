@@ -54,7 +54,9 @@ class Btf:
         except OSError as error:
             raise BtfError(f"cannot read {path}: {error.strerror}") from error
         try:
-            magic, _, _, header_len, type_off, type_len, str_off, str_len = _HEADER.unpack_from(data)
+            magic, _, _, header_len, type_off, type_len, str_off, str_len = _HEADER.unpack_from(
+                data
+            )
             if magic != _MAGIC:
                 raise BtfError(f"{path} is not BTF")
             position = header_len + type_off

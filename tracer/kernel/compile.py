@@ -20,18 +20,16 @@ from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
+from tracer.kernel.btf import Btf, BtfError
+from tracer.kernel.offsets import kernel_offsets
+
 _BPF_PSEUDO_MAP_FD = 1
 _LD_IMM64 = 0x18
 _INSTRUCTION = struct.Struct("=BBhi")
 _MAX_MAPS = 64
 _INCLUDE = re.compile(r'^#include "(\w+\.h)"$', re.MULTILINE)
 
-PROGRAMS = (
-    "socket_egress",
-    "socket_ingress",
-    "device_ingress",
-    "device_egress",
-)
+PROGRAMS = ("packet",)
 MAPS = (
     "slot_index",
     "free_slots",
@@ -102,6 +100,7 @@ class Object:
 
     instructions: Mapping[str, bytes]
     map_fds: Mapping[str, int]
+    drop_reasons: Mapping[int, str]  # enum skb_drop_reason of this kernel; empty before 5.17
 
     def linked(self, program: str, constants: Mapping[int, int] | None = None) -> bytes:
         """A program ready to load, with each 64-bit constant in `constants` replaced."""
@@ -113,7 +112,9 @@ class Object:
                 position += 8
                 continue
             if registers >> 4 == _BPF_PSEUDO_MAP_FD:
-                _INSTRUCTION.pack_into(code, position, opcode, registers, offset, self.map_fds[MAPS[low]])
+                _INSTRUCTION.pack_into(
+                    code, position, opcode, registers, offset, self.map_fds[MAPS[low]]
+                )
             elif constants:
                 (high,) = struct.unpack_from("=I", code, position + 12)
                 value = constants.get(high << 32 | low & 0xFFFFFFFF)
@@ -141,49 +142,59 @@ def source_text() -> str:
     return _INCLUDE.sub(include, main)
 
 
-def compile_object(macros: Mapping[str, int]) -> Object:
-    """Compiles in a child process. Raises CompileError.
+class Compilation:
+    """A compilation under way in a child process. `sizes` are those of maps (see bpf/maps.h).
 
-    `macros` are the offsets of kernel structs and the sizes of maps (see bpf/maps.h).
+    Start it before anything else is imported or any thread runs: the child is a fork.
     """
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-    child = os.fork()
-    if child == 0:
-        ours.close()
-        _compile_in_child(theirs, macros)
-    theirs.close()
-    with ours:
-        payload, fds = _receive(ours)
-    _, status = os.waitpid(child, 0)
-    if not payload:
-        raise CompileError(f"the compiler died (status {status})")
-    answer = pickle.loads(payload)
-    if isinstance(answer, str):
-        raise CompileError(answer)
-    instructions, names = answer
-    return Object(instructions, dict(zip(names, fds, strict=True)))
+
+    def __init__(self, sizes: Mapping[str, int]) -> None:
+        self._channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._child = os.fork()
+        if self._child == 0:
+            self._channel.close()
+            _compile_in_child(theirs, sizes)
+        theirs.close()
+
+    def result(self) -> Object:
+        """Waits for it. Raises CompileError."""
+        with self._channel:
+            payload, fds = _receive(self._channel)
+        _, status = os.waitpid(self._child, 0)
+        if not payload:
+            raise CompileError(f"the compiler died (status {status}); is there memory left?")
+        answer = pickle.loads(payload)
+        if isinstance(answer, str):
+            raise CompileError(answer)
+        instructions, drop_reasons = answer
+        return Object(instructions, dict(zip(MAPS, fds, strict=True)), drop_reasons)
 
 
-def _compile_in_child(channel: socket.socket, macros: Mapping[str, int]) -> None:
+def _compile_in_child(channel: socket.socket, sizes: Mapping[str, int]) -> None:
     """Never returns. LLVM writes its complaints to stderr, which are sent along."""
+    answer: str | tuple[dict[str, bytes], dict[int, str]]
+    fds: list[int] = []
     with tempfile.TemporaryFile() as complaints:
-        os.dup2(complaints.fileno(), 2)
         os.dup2(complaints.fileno(), 1)
-        answer: str | tuple[dict[str, bytes], tuple[str, ...]]
-        fds: list[int] = []
+        os.dup2(complaints.fileno(), 2)
         try:
+            btf = Btf.load()
             with tempfile.TemporaryDirectory(prefix="dnstrace-") as tree:
                 _write_include_tree(Path(tree))
                 os.environ["BCC_KERNEL_SOURCE"] = tree
-                instructions, fds = _compile(macros)
-            answer = (instructions, MAPS)
+                instructions, fds = _compile({**kernel_offsets(btf), **sizes})
+            answer = (instructions, btf.enumerators("skb_drop_reason"))
+        except BtfError as error:
+            answer = (
+                f"{error}; dnstrace needs a kernel built with CONFIG_DEBUG_INFO_BTF "
+                "(stock kernels of Debian 11, Ubuntu 20.10, RHEL 8.2 and later have it)"
+            )
         except ImportError:
             answer = "Python cannot import bcc: install it with 'apt-get install python3-bpfcc'"
-        except Exception as error:
+        except Exception as error:  # whatever it is, the parent must hear of it
             complaints.seek(0)
             said = complaints.read().decode(errors="replace").strip()
             answer = f"BCC cannot compile the programs: {error}\n{said}".strip()
-            fds = []
         payload = pickle.dumps(answer)
         channel.sendall(struct.pack("=I", len(payload)) + payload)
         socket.send_fds(channel, [b"f"], fds)
@@ -199,9 +210,7 @@ def _compile(macros: Mapping[str, int]) -> tuple[dict[str, bytes], list[int]]:
     module = BPF(text=source_text(), cflags=["-Wno-unknown-warning-option", *flags])
     fds = [lib.bpf_table_fd(module.module, name.encode()) for name in MAPS]
     numbers = {fd: number for number, fd in enumerate(fds)}
-    instructions = {
-        name: _numbered(module.dump_func(name.encode()), numbers) for name in PROGRAMS
-    }
+    instructions = {name: _numbered(module.dump_func(name.encode()), numbers) for name in PROGRAMS}
     return instructions, fds
 
 
@@ -245,7 +254,10 @@ def _write_include_tree(tree: Path) -> None:
     texts = {
         "linux/kconfig.h": kconfig,
         "linux/bpf_common.h": common,
-        **{f"linux/{name}.h": "#include <linux/kconfig.h>\n" for name in ("version", "log2", "types")},
+        **{
+            f"linux/{name}.h": "#include <linux/kconfig.h>\n"
+            for name in ("version", "log2", "types")
+        },
         **dict.fromkeys(("uapi/linux/bpf.h", "uapi/linux/if_packet.h", "asm/page.h"), ""),
     }
     for name, text in texts.items():

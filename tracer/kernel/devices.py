@@ -1,0 +1,249 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Follows the network devices of every node-side namespace, and attaches to each.
+
+Node-side is the tracer's own namespace, and any whose veth devices lead to two or more others (a
+node inside a container, as kind makes them). In pods the socket hooks see enough.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from tracer.kernel import netns, rtnetlink
+from tracer.kernel.rtnetlink import Link
+
+_ARPHRD_ETHER = 1
+# Devices whose packets start with the IP header (include/uapi/linux/if_arp.h).
+_ARPHRD_RAW_IP = {
+    519: "rawip",
+    65534: "none",
+    768: "tunnel",
+    769: "tunnel6",
+    776: "sit",
+    778: "ipgre",
+}
+_ETH_HLEN = 14
+# What carries a packet on, or would show it twice: packets enter and leave through other devices.
+_SKIPPED_KINDS = {"bridge", "ifb", "dummy", "nlmon", "team", "vrf", "netkit"}
+_RESCAN_S = 5.0
+_FORGET_AFTER_S = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """A device that hops are seen at. `peer_netns` is where a veth leads, if known."""
+
+    netns: int
+    ifindex: int
+    name: str
+    kind: str  # "veth", "vxlan", …; "" for hardware
+    l2_len: int  # bytes before the network header
+    peer_netns: int | None
+
+
+@dataclass(slots=True)
+class _Namespace:
+    inode: int
+    fd: int
+    changes: socket.socket
+    links: dict[int, list[int]] = field(default_factory=dict)  # ifindex: descriptors of BPF links
+
+
+# Attaches to a device of the namespace that the thread is in; returns what to close to detach.
+Attach = Callable[[Device], list[int]]
+
+
+class Devices:
+    """All devices that are attached to, kept current by a thread.
+
+    `failures` counts devices that could not be attached to; `last_failure` says why.
+    """
+
+    def __init__(self, attach: Attach) -> None:
+        self._attach = attach
+        self._namespaces: dict[int, _Namespace] = {}
+        self._known: dict[tuple[int, int], Device] = {}
+        self._gone: list[tuple[float, tuple[int, int]]] = []
+        self._stop_read, self._stop_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        self._thread = threading.Thread(target=self._follow, name="devices", daemon=True)
+        self._closed = False
+        self.failures = 0
+        self.last_failure: str | None = None
+
+    def start(self) -> None:
+        """Attaches to everything that is there, then follows changes in the background."""
+        self._scan()
+        self._thread.start()
+
+    def close(self) -> None:
+        """Detaches everything."""
+        if self._closed:
+            return
+        self._closed = True
+        if self._thread.is_alive():
+            os.write(self._stop_write, b"x")
+            self._thread.join()
+        for namespace in list(self._namespaces.values()):
+            self._drop_namespace(namespace)
+        os.close(self._stop_read)
+        os.close(self._stop_write)
+
+    def find(self, netns_inode: int, ifindex: int) -> Device | None:
+        """The device, also for a while after it has gone."""
+        return self._known.get((netns_inode, ifindex))
+
+    def count(self) -> int:
+        """How many devices are attached to now."""
+        return sum(len(namespace.links) for namespace in self._namespaces.values())
+
+    def namespaces(self) -> list[int]:
+        """Inode numbers of the node-side namespaces."""
+        return list(self._namespaces)
+
+    def _follow(self) -> None:
+        next_scan = time.monotonic() + _RESCAN_S
+        while True:
+            sockets = {ns.changes.fileno(): ns for ns in list(self._namespaces.values())}
+            wait = max(0.0, next_scan - time.monotonic())
+            ready, _, _ = select.select([self._stop_read, *sockets], [], [], wait)
+            if self._stop_read in ready:
+                return
+            try:
+                for fd in ready:
+                    self._refresh(sockets[fd])
+                if time.monotonic() >= next_scan:
+                    next_scan = time.monotonic() + _RESCAN_S
+                    self._scan()
+            except OSError as error:  # a namespace that goes away under our hands
+                self._fail(str(error))
+
+    def _fail(self, why: str) -> None:
+        self.failures += 1
+        self.last_failure = why
+
+    def _scan(self) -> None:
+        """Finds node-side namespaces, new and gone."""
+        home = netns.own()
+        found = netns.paths()
+        for inode, path in found.items():
+            if inode in self._namespaces:
+                continue
+            fd = netns.open_namespace(inode, path)
+            if fd is None:
+                continue
+            with_devices = inode == home or self._may_be_node_side(fd)
+            if not with_devices or not self._add_namespace(inode, fd, required=inode == home):
+                os.close(fd)
+        for namespace in list(self._namespaces.values()):
+            if namespace.inode not in found:
+                self._drop_namespace(namespace)
+        horizon = time.monotonic() - _FORGET_AFTER_S
+        while self._gone and self._gone[0][0] < horizon:
+            _, key = self._gone.pop(0)
+            namespace = self._namespaces.get(key[0])
+            if not namespace or key[1] not in namespace.links:
+                self._known.pop(key, None)
+
+    @staticmethod
+    def _may_be_node_side(fd: int) -> bool:
+        """A quick no for most pods: loopback and one more device."""
+        with netns.entered(fd):
+            return netns.device_count() > 2  # noqa: PLR2004
+
+    def _add_namespace(self, inode: int, fd: int, required: bool) -> bool:
+        with netns.entered(fd):
+            changes = rtnetlink.link_changes()
+            namespace = _Namespace(inode, fd, changes)
+            devices = rtnetlink.links()
+            if not required:
+                peers = {d.peer_nsid for d in devices if d.kind == "veth" and d.peer_nsid is not None}
+                if len(peers) < 2:  # noqa: PLR2004
+                    changes.close()
+                    return False
+            self._namespaces[inode] = namespace
+            self._update(namespace, devices)
+        return True
+
+    def _refresh(self, namespace: _Namespace) -> None:
+        try:
+            while namespace.changes.recv(65536):
+                pass
+        except BlockingIOError:
+            pass
+        except OSError:  # ENOBUFS: more changes than fit; the listing below has them all
+            pass
+        with netns.entered(namespace.fd):
+            self._update(namespace, rtnetlink.links())
+
+    def _update(self, namespace: _Namespace, listed: list[Link]) -> None:
+        """Attaches to new devices and lets go of those that went; in the namespace."""
+        current = {}
+        for entry in listed:
+            l2_len = _l2_len(entry)
+            if l2_len is not None:
+                current[entry.ifindex] = (entry, l2_len)
+        peers: dict[int, int] = {}
+        if any(i not in namespace.links and e.kind == "veth" for i, (e, _) in current.items()):
+            peers = _peer_namespaces()
+        for ifindex, (entry, l2_len) in current.items():
+            if ifindex in namespace.links:
+                continue
+            device = Device(
+                namespace.inode,
+                ifindex,
+                entry.name,
+                entry.kind,
+                l2_len,
+                None if entry.peer_nsid is None else peers.get(entry.peer_nsid),
+            )
+            try:
+                namespace.links[ifindex] = self._attach(device)
+            except OSError as error:
+                namespace.links[ifindex] = []
+                self._fail(f"{entry.name}: {error.strerror}")
+            self._known[namespace.inode, ifindex] = device
+        for ifindex in [i for i in namespace.links if i not in current]:
+            self._release(namespace, ifindex)
+
+    def _release(self, namespace: _Namespace, ifindex: int) -> None:
+        for link in namespace.links.pop(ifindex):
+            os.close(link)
+        self._gone.append((time.monotonic(), (namespace.inode, ifindex)))
+
+    def _drop_namespace(self, namespace: _Namespace) -> None:
+        for ifindex in list(namespace.links):
+            self._release(namespace, ifindex)
+        namespace.changes.close()
+        os.close(namespace.fd)
+        self._namespaces.pop(namespace.inode, None)
+
+
+def _l2_len(link: Link) -> int | None:
+    """Bytes before the network header, or None where no hop is wanted."""
+    if link.loopback or link.kind in _SKIPPED_KINDS:
+        return None
+    if link.arphrd == _ARPHRD_ETHER:
+        return _ETH_HLEN
+    return 0 if link.arphrd in _ARPHRD_RAW_IP else None
+
+
+def _peer_namespaces() -> dict[int, int]:
+    """This thread's namespace's numbers for others, to their inode numbers."""
+    peers = {}
+    for inode, path in netns.paths().items():
+        fd = netns.open_namespace(inode, path)
+        if fd is None:
+            continue
+        try:
+            number = rtnetlink.namespace_id(fd)
+        finally:
+            os.close(fd)
+        if number is not None:
+            peers[number] = inode
+    return peers

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Network namespaces of this machine: finding them, and entering them for a moment."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+_CLONE_NEWNET = 0x40000000
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def own() -> int:
+    """The inode number of this thread's network namespace."""
+    return os.stat("/proc/thread-self/ns/net").st_ino
+
+
+def paths() -> dict[int, str]:
+    """Inode number to a path that opens it: named namespaces, and those of all processes.
+
+    A namespace that is held by nothing but a socket or a descriptor is not found.
+    """
+    found: dict[int, str] = {}
+    with suppress(OSError):
+        for name in sorted(os.listdir("/run/netns")):
+            path = f"/run/netns/{name}"
+            with suppress(OSError):
+                found.setdefault(os.stat(path).st_ino, path)
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        path = f"/proc/{pid}/ns/net"
+        with suppress(OSError):  # the process has gone, or is a kernel thread
+            target = os.readlink(path)
+            found.setdefault(int(target[5:-1]), path)
+    return found
+
+
+def open_namespace(inode: int, path: str) -> int | None:
+    """A descriptor of the namespace, or None if the path leads elsewhere by now."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return None
+    if os.fstat(fd).st_ino == inode:
+        return fd
+    os.close(fd)
+    return None
+
+
+@contextmanager
+def entered(fd: int) -> Iterator[None]:
+    """Runs the block in another network namespace; only this thread is moved."""
+    home = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        _setns(fd)
+        try:
+            yield
+        finally:
+            _setns(home)
+    finally:
+        os.close(home)
+
+
+def _setns(fd: int) -> None:
+    if _libc.setns(fd, _CLONE_NEWNET) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, f"entering a network namespace: {os.strerror(number)}")
+
+
+def device_count() -> int:
+    """How many devices this thread's namespace has."""
+    return len(socket.if_nameindex())
+
+
+def cgroup2_root() -> Path | None:
+    """Where the whole cgroup v2 tree is mounted (/proc/self/mountinfo), or None."""
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        left, _, right = line.partition(" - ")
+        fields = left.split()
+        if right.startswith("cgroup2 ") and fields[3] == "/":
+            return Path(fields[4].encode().decode("unicode_escape"))
+    return None

@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One tracing session: from nothing attached, to records, to nothing attached."""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tracer.kernel import bpf, netns, programs
+from tracer.kernel.compile import Compilation, CompileError, Object
+from tracer.kernel.devices import Device, Devices
+from tracer.kernel.ring import Ring
+from tracer.kernel.table import Table
+from tracer.record import LARGE_RECORD, SMALL_RECORD, Counter, HopKind, Wanted
+
+_U32 = struct.Struct("=I")
+_U64 = struct.Struct("=Q")
+_SETTINGS = struct.Struct("=QII")
+_SMALL_RING_PAGES = 2048
+_LARGE_RING_PAGES = 512
+
+
+class Unsupported(Exception):
+    """This host lacks something that tracing needs. The message names it and the remedy."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Sizes of the kernel's tables. `slots`: transactions in flight, a power of two."""
+
+    slots: int = 8192
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """Whose queries the kernel lets into its table; empty: everybody's."""
+
+    ports: Collection[int] = (53,)
+    netns: Collection[int] = ()
+    cgroup_ids: Collection[int] = ()
+    pid: int | None = None
+    only_selected: bool = False  # even if nothing is selected (yet)
+    server_side: bool = False
+
+
+@dataclass(slots=True)
+class Session:
+    """Attached programs and their tables. `close` (or the process's end) takes all away."""
+
+    built: Object
+    table: Table
+    rings: tuple[Ring, Ring]
+    page_size: int = field(default_factory=lambda: os.sysconf("SC_PAGESIZE"))
+    _links: list[int] = field(default_factory=list)
+    _device_programs: dict[tuple[int, int], dict[HopKind, int]] = field(default_factory=dict)
+    devices: Devices = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.devices = Devices(self._attach_device)
+
+    @classmethod
+    def open(cls, selection: Selection, limits: Limits | None = None) -> Session:
+        """Compiles, loads and attaches. Raises Unsupported."""
+        limits = limits or Limits()
+        compilation = Compilation(
+            {
+                "SLOTS": limits.slots,
+                "SMALL_PAGES": _SMALL_RING_PAGES,
+                "LARGE_PAGES": _LARGE_RING_PAGES,
+            }
+        )
+        try:
+            built = compilation.result()
+        except CompileError as error:
+            raise Unsupported(str(error)) from error
+        page = os.sysconf("SC_PAGESIZE")
+        rings = (
+            Ring(built.map_fds["small_ring"], _SMALL_RING_PAGES * page, SMALL_RECORD),
+            Ring(built.map_fds["large_ring"], _LARGE_RING_PAGES * page, LARGE_RECORD),
+        )
+        session = cls(built, Table(built.map_fds, limits.slots), rings)
+        try:
+            session.select(selection)
+            session._attach()
+        except BaseException:
+            session.close()
+            raise
+        return session
+
+    def select(self, selection: Selection) -> None:
+        """Changes what is traced, while tracing."""
+        fds = self.built.map_fds
+        words: dict[int, int] = {}
+        for port in selection.ports:
+            words[port >> 6] = words.get(port >> 6, 0) | 1 << (port & 63)
+        for word, bits in words.items():
+            bpf.map_update(fds["dns_ports"], _U32.pack(word), _U64.pack(bits))
+        _replace(fds["wanted_netns"], {_U32.pack(inode) for inode in selection.netns}, 4)
+        _replace(fds["wanted_cgroups"], {_U64.pack(i) for i in selection.cgroup_ids}, 8)
+        wanted = 0
+        if selection.netns or selection.only_selected:
+            wanted |= Wanted.NETNS
+        if selection.cgroup_ids:
+            wanted |= Wanted.CGROUP
+        if selection.pid is not None:
+            wanted |= Wanted.PID
+        if selection.server_side:
+            wanted |= Wanted.SERVER_SIDE
+        settings = _SETTINGS.pack(wanted, selection.pid or 0, 0)
+        bpf.map_update(fds["settings"], _U32.pack(0), settings)
+
+    def read(self) -> Iterator[NDArray[np.void]]:
+        """What has left the kernel since the last call: a batch of each kind of record."""
+        for ring in self.rings:
+            batch = ring.read()
+            if len(batch):
+                yield batch
+
+    def fill(self) -> float:
+        """How full the fuller ring is, 0 to 1."""
+        return max(ring.fill() for ring in self.rings)
+
+    def counters(self) -> dict[Counter, int]:
+        """The kernel's counters, summed over CPUs."""
+        cpus = _possible_cpus()
+        totals = {}
+        for counter in Counter:
+            raw = bpf.map_lookup(self.built.map_fds["counters"], _U32.pack(counter), 8 * cpus)
+            totals[counter] = sum(struct.unpack(f"={cpus}Q", raw)) if raw else 0
+        return totals
+
+    def detach(self) -> None:
+        """Takes every program away; what has been recorded can still be read."""
+        self.devices.close()
+        for link in self._links:
+            os.close(link)
+        self._links.clear()
+        for loaded in self._device_programs.values():
+            for program in loaded.values():
+                os.close(program)
+        self._device_programs.clear()
+
+    def close(self) -> None:
+        """Detaches, and gives up the tables."""
+        self.detach()
+        self.built.close()
+
+    def _attach(self) -> None:
+        cgroup = netns.cgroup2_root()
+        if cgroup is None:
+            raise Unsupported(
+                "no cgroup v2 tree is mounted; mount one: "
+                "mkdir -p /sys/fs/cgroup/unified && mount -t cgroup2 none /sys/fs/cgroup/unified"
+            )
+        try:
+            self._links += programs.attach_to_cgroup(self.built, cgroup)
+            self.devices.start()
+        except bpf.BpfError as error:
+            raise Unsupported(f"{error.strerror}; run 'dnstrace doctor' for what is missing") from error
+
+    def _attach_device(self, device: Device) -> list[int]:
+        key = (device.netns, device.l2_len)
+        if key not in self._device_programs:
+            self._device_programs[key] = {
+                kind: programs.load_device_program(self.built, kind, *key)
+                for kind in (HopKind.INGRESS, HopKind.EGRESS)
+            }
+        return programs.attach_to_device(self._device_programs[key], device.ifindex)
+
+
+def _replace(fd: int, wanted: set[bytes], key_size: int) -> None:
+    """Makes a hash map's keys just these, adding before taking away."""
+    present = set(bpf.map_keys(fd, key_size))
+    for key in wanted - present:
+        bpf.map_update(fd, key, b"\1")
+    for key in present - wanted:
+        bpf.map_delete(fd, key)
+
+
+def _possible_cpus() -> int:
+    """How many values a per-CPU map has (/sys/devices/system/cpu/possible, e.g. "0-3")."""
+    last = Path("/sys/devices/system/cpu/possible").read_text().strip().split(",")[-1]
+    return int(last.split("-")[-1]) + 1

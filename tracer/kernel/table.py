@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The kernel's table of transactions in flight, as far as user space has a part in it.
+
+The kernel ends what is answered; what is not, ends here when its time is up. Whoever deletes a
+transaction's key from the index owns its slot (see bpf/maps.h), so both sides may try at once.
+"""
+
+from __future__ import annotations
+
+import mmap
+import struct
+from collections.abc import Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tracer.kernel import bpf
+from tracer.record import TRANSACTION
+
+_U32 = struct.Struct("=I")
+_KEY = struct.Struct("=16s2s2sI")
+_AT_MOST = 2048  # slots ended in one go, so that the rings are not kept waiting
+
+
+class Table:
+    """Ends transactions that have waited too long. `slots` is the table's size."""
+
+    def __init__(self, map_fds: Mapping[str, int], slots: int) -> None:
+        self._index = map_fds["slot_index"]
+        self._slots = map_fds["slots"]
+        self._free = map_fds["free_slots"]
+        self._map = mmap.mmap(map_fds["slot_start"], slots * 8)
+        self._start = np.frombuffer(self._map, np.uint64)
+        self._stuck: dict[int, int] = {}  # slot: start_ns when it could not be claimed
+        self.leaked = 0
+        for number in range(slots):
+            bpf.map_update(self._free, None, _U32.pack(number))
+
+    def in_flight(self) -> int:
+        """How many transactions wait for an answer."""
+        return int(np.count_nonzero(self._start))
+
+    def expire(self, before_ns: int) -> NDArray[np.void]:
+        """Ends what began before that time (CLOCK_MONOTONIC) and returns it, oldest first."""
+        start = self._start.copy()
+        due = np.flatnonzero((start != 0) & (start < before_ns))
+        due = due[np.argsort(start[due])][:_AT_MOST]
+        ended = []
+        for number in due.tolist():
+            raw = bpf.map_lookup(self._slots, _U32.pack(number), TRANSACTION.itemsize)
+            if raw is None:
+                continue
+            slot = np.frombuffer(raw, TRANSACTION)[0]
+            if slot["start_ns"] != start[number]:
+                continue  # ended and begun anew since
+            if self._claim(slot):
+                ended.append(raw)
+                self._release(number)
+                self._stuck.pop(number, None)
+            elif self._stuck.get(number) == start[number]:
+                # Nobody else will end it: its key was lost. Twice seen, so not just in between.
+                self.leaked += 1
+                del self._stuck[number]
+                self._release(number)
+            else:
+                self._stuck[number] = int(start[number])
+        return np.frombuffer(b"".join(ended), TRANSACTION)
+
+    def _claim(self, slot: np.void) -> bool:
+        flows = slot["flows"][: slot["nflows"]]
+        dns_id, variant = slot["dns_id"].tobytes(), int(slot["variant"])
+        names = [(flow["client_addr"].tobytes(), flow["client_port"].tobytes()) for flow in flows]
+        if not bpf.map_delete(self._index, _KEY.pack(*names[0], dns_id, variant)):
+            return False
+        for name in set(names[1:]) - {names[0]}:
+            bpf.map_delete(self._index, _KEY.pack(*name, dns_id, variant))
+        return True
+
+    def _release(self, number: int) -> None:
+        self._start[number] = 0
+        bpf.map_update(self._free, None, _U32.pack(number))
