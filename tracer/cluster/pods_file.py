@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pod metadata from a file: what `--pods FILE` reads, for hosts without an API server.
+
+The file is JSON: an object with lists `pods`, `services` and `nodes`; see README.md for the
+fields. Unknown fields are ignored, so that files may grow.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, TypeVar
+
+import orjson
+
+from tracer.cluster.model import Container, Inventory, Node, Pod, Service
+
+_SIZE_MAX = 256 << 20
+T = TypeVar("T")
+
+
+class PodsFileError(Exception):
+    """The pods file cannot be used. The message is one line: what is wrong, and where."""
+
+
+def load(path: Path) -> Inventory:
+    """Reads a pods file. Raises PodsFileError."""
+    try:
+        if path.stat().st_size > _SIZE_MAX:
+            raise PodsFileError(f"pods file {path} is larger than {_SIZE_MAX >> 20} MiB")
+        content = orjson.loads(path.read_bytes())
+    except OSError as error:
+        raise PodsFileError(f"cannot read pods file {path}: {error.strerror}") from error
+    except orjson.JSONDecodeError as error:
+        raise PodsFileError(f"pods file {path} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise PodsFileError(f"pods file {path} must hold an object with a list 'pods'")
+    try:
+        return Inventory(
+            pods=tuple(_pod(_Fields(f"pods[{i}]", p)) for i, p in _entries(content, "pods")),
+            services=tuple(
+                _service(_Fields(f"services[{i}]", s)) for i, s in _entries(content, "services")
+            ),
+            nodes=tuple(_node(_Fields(f"nodes[{i}]", n)) for i, n in _entries(content, "nodes")),
+        )
+    except _Wrong as wrong:
+        raise PodsFileError(f"pods file {path}: {wrong}") from wrong
+
+
+class _Wrong(Exception):
+    pass
+
+
+class _Fields:
+    """An entry's fields, checked as they are taken."""
+
+    def __init__(self, where: str, entry: object) -> None:
+        if not isinstance(entry, dict):
+            raise _Wrong(f"{where} must be an object")
+        self._where, self._entry = where, entry
+
+    def one(self, name: str, kind: type[T], default: T | None = None) -> T:
+        value = self._entry.get(name, default)
+        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+            raise _Wrong(f"{self._where}.{name} must be {_KINDS[kind]}")
+        return value
+
+    def many(self, name: str, kind: type[T]) -> tuple[T, ...]:
+        values = self.one(name, list, [])
+        if not all(isinstance(value, kind) for value in values):
+            raise _Wrong(f"{self._where}.{name} must be a list, each {_KINDS[kind]}")
+        return tuple(values)
+
+
+_KINDS: dict[Any, str] = {str: "a string", int: "a number", bool: "true or false", list: "a list",
+                          dict: "an object"}  # fmt: skip
+
+
+def _entries(content: dict[str, Any], name: str) -> enumerate[Any]:
+    entries = content.get(name, [])
+    if not isinstance(entries, list):
+        raise _Wrong(f"{name} must be a list")
+    return enumerate(entries)
+
+
+def _pod(fields: _Fields) -> Pod:
+    containers = fields.many("containers", dict)
+    return Pod(
+        namespace=fields.one("namespace", str),
+        name=fields.one("name", str),
+        uid=fields.one("uid", str, ""),
+        node=fields.one("node", str, "") or None,
+        ips=fields.many("ips", str),
+        host_network=fields.one("host_network", bool, False),  # noqa: FBT003
+        netns=fields.one("netns", int, 0) or None,
+        labels=_labels(fields.one("labels", dict, {})),
+        containers=tuple(
+            _container(_Fields(f"containers[{i}]", c)) for i, c in enumerate(containers)
+        ),
+    )
+
+
+def _labels(labels: dict[Any, Any]) -> tuple[tuple[str, str], ...]:
+    if not all(isinstance(key, str) and isinstance(value, str) for key, value in labels.items()):
+        raise _Wrong("labels must map strings to strings")
+    return tuple(labels.items())
+
+
+def _container(fields: _Fields) -> Container:
+    return Container(
+        fields.one("name", str), fields.one("id", str, ""), fields.one("cgroup", str, "").strip("/")
+    )
+
+
+def _service(fields: _Fields) -> Service:
+    return Service(
+        fields.one("namespace", str),
+        fields.one("name", str),
+        fields.many("ips", str),
+        fields.many("ports", int),
+        fields.many("endpoints", str),
+    )
+
+
+def _node(fields: _Fields) -> Node:
+    return Node(
+        fields.one("name", str), fields.many("ips", str), fields.one("netns", int, 0) or None
+    )
