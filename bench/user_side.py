@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What each stage of the user side costs per transaction: `.venv/bin/python -m bench.user_side`.
+
+Best of several runs, in microseconds; a hit is a question or response seen before.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import itertools
+import timeit
+from typing import TYPE_CHECKING
+
+import dns.flags
+import dns.message
+import dns.rrset
+
+from tests.samples import transaction
+from tracer import decode
+from tracer.export import jsonl
+from tracer.show.live import LiveTable
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+RUNS = 5
+CALLS = 20_000
+NAME = "www.li-rui.top.sre.svc.cluster.local."
+
+
+def query(name: str = NAME) -> bytes:
+    return dns.message.make_query(name, "A").to_wire()
+
+
+def response(name: str = NAME, answers: int = 1) -> bytes:
+    message = dns.message.make_response(dns.message.make_query(name, "A", use_edns=True))
+    message.flags |= dns.flags.RA
+    addresses = [f"192.0.2.{number}" for number in range(answers)]
+    message.answer.append(dns.rrset.from_text_list(name, 30, "IN", "A", addresses))
+    return message.to_wire()
+
+
+def random_names() -> Iterator[str]:
+    for number in itertools.count():
+        yield f"{number:08x}.bench.example.com."
+
+
+def show(what: str, call: Callable[[], object]) -> None:
+    best_s = min(timeit.repeat(call, number=CALLS, repeat=RUNS)) / CALLS
+    print(f"{best_s * 1e6:8.2f} µs  {what}")
+
+
+def cycle(call: Callable[[bytes], object], messages: list[bytes]) -> Callable[[], object]:
+    """A call with another message each time."""
+    following = iter(messages * (RUNS + 1))
+    return lambda: call(next(following))
+
+
+def decoding() -> None:
+    asked = query()
+    show("question, hit", lambda: decode.question(asked))
+    names = random_names()
+    fresh = [query(next(names)) for _ in range(CALLS)]
+    show("question, miss", cycle(decode.question, fresh))
+    answered = response()
+    show("rcode", lambda: decode.rcode(answered, len(answered)))
+    show("flags", lambda: decode.flags(0x8180))
+    show("answers, hit", lambda: decode.answers(answered, len(answered)))
+    fresh = [response(next(names)) for _ in range(CALLS)]
+    show("answers, miss", cycle(lambda wire: decode.answers(wire, len(wire)), fresh))
+
+
+def exporting() -> None:
+    t = transaction(NAME)
+    show("JSON line, 8 hops", lambda: jsonl.transaction(t))
+    without_hops = t._replace(make_hops=tuple)
+    show("JSON line, no hops", lambda: jsonl.transaction(without_hops))
+
+
+def showing() -> None:
+    t = transaction(NAME)
+    for what, width in (("piped", None), ("80 columns", 80), ("200 columns", 200)):
+        table = LiveTable(io.StringIO(), width)
+        show(f"live line, {what}", functools.partial(table.line, t))
+
+
+if __name__ == "__main__":
+    decoding()
+    exporting()
+    showing()
