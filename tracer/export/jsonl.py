@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: Apache-2.0
+"""JSON lines: one object per transaction and lookup, and a summary as the last one.
+
+Names, types and meanings are fixed, and scripts rely on them: fields are added, never changed.
+Unknown is null. Every line is valid UTF-8, whatever a process or pod calls itself.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from typing import TYPE_CHECKING, Any
+
+import orjson
+
+from tracer import decode
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from tracer.transaction import (
+        Address,
+        Backend,
+        Client,
+        Hop,
+        Lookup,
+        Nat,
+        Server,
+        Transaction,
+    )
+
+NS_PER_S = 1_000_000_000
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+_seconds: dict[int, str] = {}
+
+
+def transaction(t: Transaction) -> bytes:
+    """One line for a query and what became of it, hops and answers included."""
+    answers: list[dict[str, Any]] | None = None
+    problem = decode.question(t.query).problem
+    if t.response is not None:
+        decoded = decode.answers(t.response, t.response_len or len(t.response))
+        answers = [
+            {"name": name, "type": type_, "ttl": ttl, "data": data}
+            for name, type_, ttl, data in decoded.records
+        ]
+        problem = problem or decoded.problem
+    backend = t.backend
+    return _line(
+        {
+            "event": "transaction",
+            "time": rfc3339(t.time_ns),
+            "status": t.status,
+            "id": t.dns_id,
+            "protocol": t.protocol,
+            "name": t.name,
+            "type": t.type,
+            "rcode": t.rcode,
+            "flags": t.flags,
+            "answers": answers,
+            "latency_ns": t.latency_ns,
+            "attempt": t.attempt,
+            "client": _client(t.client),
+            "server": _server(t.server),
+            "backend": None if backend is None else _backend(backend),
+            "hops": [_hop(hop) for hop in t.hops],
+            "upstream": None,
+            "response_len": t.response_len,
+            "problem": problem,
+        }
+    )
+
+
+def lookup(found: Lookup) -> bytes:
+    """One line for what an application asked for, and all that this took."""
+    # A resolver configuration always says ndots, so without it an empty list is not known to be so.
+    search_known = found.search or found.ndots is not None
+    return _line(
+        {
+            "event": "lookup",
+            "time": rfc3339(found.time_ns),
+            "client": _client(found.client),
+            "question": found.question,
+            "search": found.search if search_known else None,
+            "ndots": found.ndots,
+            "queries": found.queries,
+            "wasted": found.wasted,
+            "latency_ns": found.latency_ns,
+            "wasted_ns": found.wasted_ns,
+            "status": found.status,
+            "advice": found.advice,
+            "ids": found.ids,
+        }
+    )
+
+
+def summary(
+    *,
+    transactions: int,
+    lookups: int,
+    duration_ns: int,
+    lost: Mapping[str, int],
+    unmatched: Mapping[str, int],
+) -> bytes:
+    """The last line of a run: how much there was, and how complete it is."""
+    return _line(
+        {
+            "event": "summary",
+            "transactions": transactions,
+            "lookups": lookups,
+            "duration_ns": duration_ns,
+            "lost": dict(lost),
+            "unmatched": dict(unmatched),
+        }
+    )
+
+
+def rfc3339(time_ns: int) -> str:
+    """A time since 1970 as UTC with nanoseconds: "2023-11-26T08:56:34.195320000Z"."""
+    second, ns = divmod(time_ns, NS_PER_S)
+    text = _seconds.get(second)
+    if text is None:
+        _seconds.clear()  # times come roughly in order, so an old second is seldom asked for again
+        text = _seconds[second] = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
+    return f"{text}.{ns:09d}Z"
+
+
+def address(where: Address) -> str:
+    """ "ip:port", and "[ip]:port" for IPv6."""
+    ip, port = where
+    return f"[{ip}]:{port}" if ":" in ip else f"{ip}:{port}"
+
+
+def _client(client: Client) -> dict[str, Any]:
+    ip, port, netns, cgroup_id, pid, comm, namespace, pod, container, node = client
+    return {
+        "ip": ip,
+        "port": port,
+        "netns": netns,
+        "cgroup_id": cgroup_id,
+        "pid": pid,
+        "comm": comm,
+        "namespace": namespace,
+        "pod": pod,
+        "container": container,
+        "node": node,
+    }
+
+
+def _server(server: Server) -> dict[str, Any]:
+    return {"ip": server.ip, "port": server.port, "service": server.service}
+
+
+def _backend(backend: Backend) -> dict[str, Any]:
+    ip, port, namespace, pod = backend
+    return {"ip": ip, "port": port, "namespace": namespace, "pod": pod}
+
+
+def _hop(hop: Hop) -> dict[str, Any]:
+    kind, direction, t_ns, ifindex, ifname, netns, src, dst, owner, nat, reason, location = hop
+    shown = {
+        "kind": kind,
+        "direction": direction,
+        "t_ns": t_ns,
+        "ifname": ifname,
+        "ifindex": ifindex,
+        "netns": netns,
+        "src": address(src),
+        "dst": address(dst),
+        "owner": owner,
+        "nat": None if nat is None else _nat(nat),
+    }
+    if kind == "drop":
+        shown["reason"] = reason
+        shown["location"] = location
+    return shown
+
+
+def _nat(nat: Nat) -> dict[str, list[str]] | None:
+    changed = {
+        which: [address(before_after[0]), address(before_after[1])]
+        for which, before_after in (("dnat", nat.dnat), ("snat", nat.snat))
+        if before_after is not None
+    }
+    return changed or None
+
+
+def _line(fields: dict[str, Any]) -> bytes:
+    try:
+        return orjson.dumps(fields, option=orjson.OPT_APPEND_NEWLINE)
+    except TypeError:  # a string with a lone surrogate: bytes that were not UTF-8
+        return orjson.dumps(_utf8(fields), option=orjson.OPT_APPEND_NEWLINE)
+
+
+def _utf8(value: Any) -> Any:
+    """The same with every lone surrogate, which UTF-8 cannot say, replaced."""
+    match value:
+        case str():
+            return _SURROGATE.sub("\ufffd", value)
+        case dict():
+            return {_utf8(key): _utf8(item) for key, item in value.items()}
+        case list() | tuple():
+            return [_utf8(item) for item in value]
+        case _:
+            return value
