@@ -22,6 +22,7 @@
 #define MARK_NETNS 0x646e737472616301ULL
 #define MARK_L2_HLEN 0x646e737472616302ULL
 #define MARK_HOOK 0x646e737472616303ULL /* enum hop_kind */
+#define MARK_SKB_ARGUMENT 0x646e737472616305ULL /* 0 or 1 */
 #define MARK_VERDICT 0x646e737472616304ULL /* whatever lets the packet pass at this hook */
 
 static __always_inline u64 patched(u64 mark)
@@ -115,7 +116,7 @@ static __always_inline bool original_flow(u64 skb, u8 family, struct flow *flow)
 }
 
 /* False: certainly not DNS. Decided on the packet as it lies, where it is linear. */
-static __always_inline bool maybe_dns(struct __sk_buff *skb, u32 l3, u16 protocol, bool tunnels)
+static __always_inline bool maybe_dns(struct __sk_buff *skb, u32 l3, u16 protocol, bool device)
 {
 	u8 *ip = (u8 *)(long)skb->data + l3, *end = (u8 *)(long)skb->data_end;
 	__be16 from, to;
@@ -124,7 +125,9 @@ static __always_inline bool maybe_dns(struct __sk_buff *skb, u32 l3, u16 protoco
 		if (ip + 28 > end)
 			return true;
 		if (ip[9] == PROTO_IPIP)
-			return tunnels;
+			return device;
+		if (ip[9] == PROTO_ICMP)
+			return device && ip[20] == ICMP_DEST_UNREACH;
 		if (ip[9] != PROTO_UDP)
 			return false;
 		if (ip[0] != 0x45)
@@ -134,8 +137,10 @@ static __always_inline bool maybe_dns(struct __sk_buff *skb, u32 l3, u16 protoco
 	} else if (protocol == bpf_htons(ETHERTYPE_IPV6)) {
 		if (ip + 48 > end)
 			return true;
-		if (ip[6] == 6 || ip[6] == 58)
+		if (ip[6] == PROTO_TCP)
 			return false;
+		if (ip[6] == PROTO_ICMPV6)
+			return device && ip[40] == ICMPV6_DEST_UNREACH;
 		if (ip[6] != PROTO_UDP)
 			return true;
 		from = *(u16 *)(ip + 40);
@@ -143,7 +148,7 @@ static __always_inline bool maybe_dns(struct __sk_buff *skb, u32 l3, u16 protoco
 	} else {
 		return false;
 	}
-	return is_dns_port(to) || is_dns_port(from) || (tunnels && is_tunnel_port(to));
+	return is_dns_port(to) || is_dns_port(from) || (device && is_tunnel_port(to));
 }
 
 static __always_inline bool is_wanted(struct sender *sender)
@@ -175,11 +180,20 @@ static __always_inline bool is_unfiltered(void)
 	return set && (!set->wanted || set->wanted & WANT_SERVER_SIDE);
 }
 
-/* Whether a response that passes here has gone back all the way that we saw the query come. */
-static __always_inline bool is_last_hop(struct transaction *slot, struct place *place)
+/*
+ * Whether a response that passes here has gone back all the way that we saw the
+ * query come. An ICMP error has when it names the flow as the client knows it:
+ * no hook of ours sees it reach the socket.
+ */
+static __always_inline bool is_last_hop(struct transaction *slot, struct message *message,
+					struct place *place)
 {
 	struct hop *first = &slot->hops[0];
 
+	if (place->kind == HOP_DROP)
+		return false;
+	if (message->unreachable)
+		return place->kind == HOP_EGRESS && same_flow(&slot->flows[0], &message->flow);
 	if (place->kind == HOP_RECEIVE)
 		return true;
 	switch (first->kind) {
@@ -205,11 +219,12 @@ static __always_inline void seen(struct source *source, u64 skb, struct message 
 				 struct place *place)
 {
 	bool sent = place->kind == HOP_SEND && message->direction == QUERY;
+	bool refused = message->unreachable;
 	struct flow asked = message->flow;
 	struct sender sender = {};
 	struct transaction *slot;
 	u32 number = NO_SLOT, variant = 0;
-	u8 attempt = 1, status = STATUS_ANSWERED;
+	u8 attempt = 1, status = refused ? STATUS_REFUSED : STATUS_ANSWERED;
 
 	if (sent) {
 		sender.netns = place->netns;
@@ -233,9 +248,11 @@ static __always_inline void seen(struct source *source, u64 skb, struct message 
 			place->netns = slot->netns;
 		add_alias(number, slot, &message->flow);
 		add_hop(slot, message, place);
-		if (message->direction == QUERY || !is_last_hop(slot, place))
+		if (refused)
+			slot->status = status;
+		if (message->direction == QUERY || !is_last_hop(slot, message, place))
 			return;
-	} else if (message->direction == RESPONSE) {
+	} else if (message->direction == RESPONSE || place->kind == HOP_DROP) {
 		if (place->kind == HOP_RECEIVE && is_unfiltered())
 			count(COUNT_UNMATCHED_RESPONSES);
 		return;
@@ -255,11 +272,11 @@ static __always_inline void seen(struct source *source, u64 skb, struct message 
 		if (!claim(slot))
 			return;
 		slot->status = status;
-		if (place->kind == HOP_RECEIVE)
+		if (place->kind == HOP_RECEIVE || status == STATUS_REFUSED)
 			slot->end_ns = place->t_ns;
 		attempt = slot->attempt + 1;
 		emit(slot, status == STATUS_ANSWERED ? source : NULL, message);
-		if (status == STATUS_ANSWERED) {
+		if (status != STATUS_TIMEOUT) {
 			release(number);
 			return;
 		}
@@ -331,4 +348,107 @@ int packet(struct __sk_buff *skb)
 	}
 	seen(&source, (u64)skb, message, &place);
 	return patched(MARK_VERDICT);
+}
+
+/*
+ * Opens a packet that a hook shows as the kernel's own struct sk_buff. False: its
+ * ports are not DNS's. The members lie close together, so one read gets them all.
+ */
+static __always_inline bool open_skb(u64 skb, struct source *source)
+{
+	u64 window[6], head, data;
+	u8 *members = (u8 *)window;
+	u16 network, transport;
+	u32 len = 0, data_len = 0;
+	__be16 ports[2];
+
+	if (bpf_probe_read_kernel(window, sizeof(window),
+				  (void *)(skb + OFFSET_sk_buff_transport_header)))
+		return false;
+	transport = *(u16 *)members;
+	network = *(u16 *)(members + OFFSET_sk_buff_network_header -
+			   OFFSET_sk_buff_transport_header);
+	bpf_probe_read_kernel(&head, sizeof(head), (void *)(skb + OFFSET_sk_buff_head));
+	if (bpf_probe_read_kernel(ports, sizeof(ports), (void *)(head + transport)))
+		return false;
+	if (!is_dns_port(ports[0]) && !is_dns_port(ports[1]))
+		return false;
+	READ_FIELD(data, skb, OFFSET_sk_buff_data);
+	READ_FIELD(len, skb, OFFSET_sk_buff_len);
+	READ_FIELD(data_len, skb, OFFSET_sk_buff_data_len);
+	source->address = head + network;
+	/* len counts from data, which may lie before or behind the network header. */
+	source->len = len + (u32)(data - source->address);
+	if (source->len > 0xffff || data_len > source->len)
+		return false;
+	source->linear = source->len - data_len;
+	return true;
+}
+
+#ifdef OFFSET_argument_0
+/* kprobe: ip_send_skb(net, skb), ip6_send_skb(skb), skb_consume_udp(sk, skb, len). */
+int kprobe_packet(void *ctx)
+{
+	u64 argument_0 = *(u64 *)((u64)ctx + OFFSET_argument_0);
+	u64 argument_1 = *(u64 *)((u64)ctx + OFFSET_argument_1);
+	u64 argument_2 = *(u64 *)((u64)ctx + OFFSET_argument_2);
+	u64 skb = patched(MARK_SKB_ARGUMENT) ? argument_1 : argument_0;
+	u64 owner = bpf_get_current_pid_tgid();
+	u32 hook = patched(MARK_HOOK), key = owner & (TASK_SCRATCHES - 1);
+	struct place place = { .kind = hook };
+	struct source source = {};
+	struct scratch *scratch;
+	enum parsed parsed;
+
+	/* A negative length: the application only peeks, and will come again. */
+	if (hook == HOP_RECEIVE && (s32)argument_2 < 0)
+		return 0;
+	if (!open_skb(skb, &source))
+		return 0;
+	scratch = task_scratch.lookup(&key);
+	if (!scratch)
+		return 0;
+	parsed = parse(&source, scratch, &scratch->message, false);
+	if (parsed != IS_DNS) {
+		if (parsed == UNDECODABLE)
+			count(COUNT_UNDECODABLE);
+		return 0;
+	}
+	place.t_ns = bpf_ktime_get_ns();
+	if (hook == HOP_RECEIVE)
+		place.netns = netns_of_sock(argument_0);
+	else
+		place.netns = netns_of_skb_sock(skb);
+	seen(&source, skb, &scratch->message, &place);
+	return 0;
+}
+#endif
+
+/* Raw tracepoint kfree_skb(skb, location, reason, …): the kernel gives a packet up. */
+int packet_dropped(struct bpf_raw_tracepoint_args *ctx)
+{
+	u64 skb = ctx->args[0], device = 0, net = 0;
+	struct place place = { .kind = HOP_DROP };
+	struct source source = {};
+	struct scratch *scratch;
+	u32 zero = 0, ifindex = 0, netns = 0;
+
+	if (!open_skb(skb, &source))
+		return 0;
+	scratch = drop_scratch.lookup(&zero);
+	if (!scratch || parse(&source, scratch, &scratch->message, false) != IS_DNS)
+		return 0;
+	place.t_ns = bpf_ktime_get_ns();
+	place.drop_location = ctx->args[1];
+#ifdef HAVE_DROP_REASON
+	place.drop_reason = ctx->args[2];
+#endif
+	READ_FIELD(device, skb, OFFSET_sk_buff_dev);
+	READ_FIELD(ifindex, device, OFFSET_net_device_ifindex);
+	READ_FIELD(net, device, OFFSET_net_device_net);
+	READ_FIELD(netns, net, OFFSET_net_inum);
+	place.ifindex = ifindex;
+	place.netns = netns;
+	seen(&source, skb, &scratch->message, &place);
+	return 0;
 }

@@ -65,6 +65,7 @@ struct message {
 	__be16 flags;
 	u8 direction;
 	u8 family;
+	u8 unreachable; /* an ICMP error that carries the query back */
 };
 
 struct scratch {

@@ -15,9 +15,14 @@
 #define ETHERTYPE_IPV6 0x86dd
 #define ETHERTYPE_VLAN 0x8100
 #define ETHERTYPE_QINQ 0x88a8
+#define PROTO_ICMP 1
 #define PROTO_IPIP 4
+#define PROTO_TCP 6
 #define PROTO_UDP 17
-#define PROTO_IPV6 41
+#define PROTO_ICMPV6 58
+#define ICMP_DEST_UNREACH 3
+#define ICMPV6_DEST_UNREACH 1
+#define ICMP_HLEN 8
 #define UDP_HLEN 8
 #define DNS_HLEN 12
 #define DNS_QR 0x80 /* in the first byte of the flags */
@@ -109,6 +114,7 @@ static __always_inline void hash_question(struct scratch *scratch, struct messag
 	message->question_hash = 0;
 	if (u16_at(scratch, message->offset + 4) == 0)
 		return;
+#pragma nounroll
 	for (i = 0; i < MAX_LABELS; i++) {
 		if (end >= captured)
 			return;
@@ -123,6 +129,7 @@ static __always_inline void hash_question(struct scratch *scratch, struct messag
 	if (label || end > captured || end > message->offset + message->len)
 		return;
 	message->question_len = end - start;
+#pragma nounroll
 	for (i = 0; i < QUESTION_WORDS; i++) {
 		u32 left = message->question_len - i * 8;
 
@@ -158,7 +165,8 @@ static __always_inline bool is_tunnel_port(__be16 port)
 /*
  * Finds the UDP header from the IP header at offset on, and fills the addresses
  * as source and destination. Returns its offset, or 0: no UDP in here, a later
- * fragment, or cut off. IP in IP goes one level deep.
+ * fragment, or cut off. IP in IP goes one level deep; of an ICMP error, the
+ * packet that it complains about is looked at.
  */
 static __always_inline u32 find_udp(struct scratch *scratch, u32 captured, u32 offset,
 				    struct message *message)
@@ -170,6 +178,21 @@ static __always_inline u32 find_udp(struct scratch *scratch, u32 captured, u32 o
 		offset += (u8_at(scratch, offset) & 15) * 4;
 		version = u8_at(scratch, offset) >> 4;
 	}
+	if (version == 4 && u8_at(scratch, offset + 9) == PROTO_ICMP) {
+		offset += (u8_at(scratch, offset) & 15) * 4;
+		if (u8_at(scratch, offset) != ICMP_DEST_UNREACH)
+			return 0;
+		offset += ICMP_HLEN;
+		message->unreachable = 1;
+	} else if (version == 6 && u8_at(scratch, offset + 6) == PROTO_ICMPV6) {
+		offset += 40;
+		if (u8_at(scratch, offset) != ICMPV6_DEST_UNREACH)
+			return 0;
+		offset += ICMP_HLEN;
+		message->unreachable = 1;
+	}
+	if (message->unreachable)
+		version = u8_at(scratch, offset) >> 4;
 	message->family = version;
 	if (version == 4) {
 		u32 header = (u8_at(scratch, offset) & 15) * 4;
@@ -186,6 +209,7 @@ static __always_inline u32 find_udp(struct scratch *scratch, u32 captured, u32 o
 		copy_ipv6(message->flow.client_addr, scratch, offset + 8);
 		copy_ipv6(message->flow.server_addr, scratch, offset + 24);
 		offset += 40;
+#pragma nounroll
 		for (i = 0; i < MAX_EXTENSION_HEADERS && protocol != PROTO_UDP; i++) {
 			/* Hop-by-hop, routing, destination options; fragment. */
 			if (protocol == 0 || protocol == 43 || protocol == 60) {
@@ -208,6 +232,16 @@ static __always_inline u32 find_udp(struct scratch *scratch, u32 captured, u32 o
 	return offset + UDP_HLEN <= captured ? offset : 0;
 }
 
+/*
+ * A number by way of memory, which the verifier does not follow: whatever the
+ * path here was, what comes next is checked once and not once per path.
+ */
+static __always_inline u32 forgotten(struct message *message, u32 number)
+{
+	*(volatile u32 *)&message->offset = number;
+	return *(volatile u32 *)&message->offset;
+}
+
 enum parsed { NOT_DNS, UNDECODABLE, IS_DNS };
 
 /* Reads the DNS message of a packet, through VXLAN or Geneve where tunnels is set. */
@@ -220,9 +254,11 @@ static __always_inline enum parsed parse(struct source *source, struct scratch *
 	if (captured < 20 + UDP_HLEN)
 		return NOT_DNS;
 	message->captured = captured;
+	message->unreachable = 0;
 	udp = find_udp(scratch, captured, 0, message);
 	if (!udp)
 		return NOT_DNS;
+	udp = forgotten(message, udp);
 	if (tunnels && is_tunnel_port(u16_at(scratch, udp + 2))) {
 		u32 inner = udp + UDP_HLEN + 8;
 
@@ -230,14 +266,14 @@ static __always_inline enum parsed parse(struct source *source, struct scratch *
 			inner += (u8_at(scratch, udp + UDP_HLEN) & 63) * 4;
 		if (inner + ETH_HLEN + 20 > captured)
 			return NOT_DNS;
-		udp = find_udp(scratch, captured, inner + ETH_HLEN, message);
+		udp = find_udp(scratch, captured, forgotten(message, inner + ETH_HLEN), message);
 		if (!udp)
 			return NOT_DNS;
 	}
+	udp = forgotten(message, udp);
 	from = u16_at(scratch, udp);
 	to = u16_at(scratch, udp + 2);
 	message->offset = udp + UDP_HLEN;
-	/* All ways to get here look the same to the verifier from now on. */
 	captured = message->captured;
 	udp_len = bpf_ntohs(u16_at(scratch, udp + 4));
 	if (udp_len < UDP_HLEN + DNS_HLEN || message->offset + DNS_HLEN > captured)
@@ -263,6 +299,13 @@ static __always_inline enum parsed parse(struct source *source, struct scratch *
 		message->flow.server_port = from;
 	}
 	hash_question(scratch, message);
+	if (message->unreachable) {
+		/* The query, on its way back: its addresses are as the client's were. */
+		if (message->direction == RESPONSE)
+			return NOT_DNS;
+		message->direction = RESPONSE;
+		message->flags = 0;
+	}
 	return IS_DNS;
 }
 

@@ -18,6 +18,7 @@ struct place {
 	u32 ifindex;
 	u32 netns;
 	u32 drop_reason;
+	u64 drop_location;
 	u8 kind;
 };
 
@@ -101,6 +102,7 @@ static __always_inline u32 find_slot(struct message *message, struct flow *flow,
 	last_ns = variant_last_ns.lookup(&zero);
 	if (!last_ns || !*last_ns || now_ns > *last_ns + VARIANT_MEMORY_NS)
 		return NO_SLOT;
+#pragma nounroll
 	for (variant = 1; variant < MAX_VARIANTS; variant++) {
 		key.variant = variant;
 		number = slot_index.lookup(&key);
@@ -156,6 +158,8 @@ static __always_inline void add_hop(struct transaction *slot, struct message *me
 	hop->direction = message->direction;
 	hop->flow = flow_number(slot, &message->flow);
 	slot->nhops = n + 1;
+	if (place->kind == HOP_DROP)
+		slot->drop_location = place->drop_location;
 	if (message->direction == RESPONSE)
 		slot->response_flags = message->flags;
 }
@@ -238,6 +242,7 @@ static __always_inline u32 take_slot(void)
 
 	if (free_slots.pop(&number) == 0)
 		return number;
+#pragma nounroll
 	for (i = 0; i < EVICTION_CANDIDATES; i++) {
 		u32 candidate = (start + i) & (SLOTS - 1);
 		u64 *start_ns = slot_start.lookup(&candidate);
@@ -306,6 +311,7 @@ static __always_inline u32 free_variant(struct message *message, struct flow *as
 	struct index_key key;
 	u32 variant, *known;
 
+#pragma nounroll
 	for (variant = 0; variant < MAX_VARIANTS; variant++) {
 		make_key(&key, asked, message->id, variant);
 		known = slot_index.lookup(&key);

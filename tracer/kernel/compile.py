@@ -29,7 +29,8 @@ _INSTRUCTION = struct.Struct("=BBhi")
 _MAX_MAPS = 64
 _INCLUDE = re.compile(r'^#include "(\w+\.h)"$', re.MULTILINE)
 
-PROGRAMS = ("packet",)
+# Programs, and the macro without which each is left out.
+PROGRAMS = {"packet": None, "packet_dropped": None, "kprobe_packet": "OFFSET_argument_0"}
 MAPS = (
     "slot_index",
     "free_slots",
@@ -45,6 +46,7 @@ MAPS = (
     "wanted_netns",
     "task_scratch",
     "softirq_scratch",
+    "drop_scratch",
 )
 
 # What BCC and the programs take from the kernel's headers, and nothing else.
@@ -148,12 +150,12 @@ class Compilation:
     Start it before anything else is imported or any thread runs: the child is a fork.
     """
 
-    def __init__(self, sizes: Mapping[str, int]) -> None:
+    def __init__(self, sizes: Mapping[str, int], *, kprobes: bool) -> None:
         self._channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         self._child = os.fork()
         if self._child == 0:
             self._channel.close()
-            _compile_in_child(theirs, sizes)
+            _compile_in_child(theirs, sizes, kprobes=kprobes)
         theirs.close()
 
     def result(self) -> Object:
@@ -170,7 +172,9 @@ class Compilation:
         return Object(instructions, dict(zip(MAPS, fds, strict=True)), drop_reasons)
 
 
-def _compile_in_child(channel: socket.socket, sizes: Mapping[str, int]) -> None:
+def _compile_in_child(
+    channel: socket.socket, sizes: Mapping[str, int], *, kprobes: bool
+) -> None:
     """Never returns. LLVM writes its complaints to stderr, which are sent along."""
     answer: str | tuple[dict[str, bytes], dict[int, str]]
     fds: list[int] = []
@@ -182,7 +186,7 @@ def _compile_in_child(channel: socket.socket, sizes: Mapping[str, int]) -> None:
             with tempfile.TemporaryDirectory(prefix="dnstrace-") as tree:
                 _write_include_tree(Path(tree))
                 os.environ["BCC_KERNEL_SOURCE"] = tree
-                instructions, fds = _compile({**kernel_offsets(btf), **sizes})
+                instructions, fds = _compile({**kernel_offsets(btf, kprobes=kprobes), **sizes})
             answer = (instructions, btf.enumerators("skb_drop_reason"))
         except BtfError as error:
             answer = (
@@ -210,7 +214,11 @@ def _compile(macros: Mapping[str, int]) -> tuple[dict[str, bytes], list[int]]:
     module = BPF(text=source_text(), cflags=["-Wno-unknown-warning-option", *flags])
     fds = [lib.bpf_table_fd(module.module, name.encode()) for name in MAPS]
     numbers = {fd: number for number, fd in enumerate(fds)}
-    instructions = {name: _numbered(module.dump_func(name.encode()), numbers) for name in PROGRAMS}
+    instructions = {
+        name: _numbered(module.dump_func(name.encode()), numbers)
+        for name, macro in PROGRAMS.items()
+        if macro is None or macro in macros
+    }
     return instructions, fds
 
 

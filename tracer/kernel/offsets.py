@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import platform
 from pathlib import Path
 
 from tracer.kernel.btf import Btf, BtfError
+
+_PARAMETERS_BEFORE_REASON = 3
 
 # Macro name: where the member lies. Without these nothing can be traced.
 _NEEDED = {
@@ -14,6 +17,7 @@ _NEEDED = {
     "OFFSET_sk_buff_data_len": ("sk_buff", "data_len"),
     "OFFSET_sk_buff_head": ("sk_buff", "head"),
     "OFFSET_sk_buff_data": ("sk_buff", "data"),
+    "OFFSET_sk_buff_transport_header": ("sk_buff", "transport_header"),
     "OFFSET_sk_buff_network_header": ("sk_buff", "network_header"),
     "OFFSET_sock_net": ("sock", "__sk_common.skc_net.net"),
     "OFFSET_net_device_ifindex": ("net_device", "ifindex"),
@@ -24,11 +28,35 @@ _NEEDED = {
 }
 
 
-def kernel_offsets(btf: Btf) -> dict[str, int]:
+# The registers that carry a function's first arguments, as members of struct pt_regs.
+_ARGUMENTS = {
+    "x86_64": ("di", "si", "dx"),
+    "aarch64": ("regs", "regs", "regs"),  # an array: x0, x1, x2
+}
+
+
+def kernel_offsets(btf: Btf, *, kprobes: bool) -> dict[str, int]:
     """Macro name to byte offset. Raises BtfError when a member that must be there is not."""
     offsets = {macro: btf.offset(*where) for macro, where in _NEEDED.items()}
     offsets.update(_conntrack_offsets(btf))
+    if kprobes:
+        offsets.update(_argument_offsets(btf))
+    # kfree_skb(void *, skb, location, reason): the reason came with 5.17 (c504e5c2f964).
+    if btf.parameter_count("btf_trace_kfree_skb") > _PARAMETERS_BEFORE_REASON:
+        offsets["HAVE_DROP_REASON"] = 1
     return offsets
+
+
+def _argument_offsets(btf: Btf) -> dict[str, int]:
+    machine = platform.machine()
+    names = _ARGUMENTS.get(machine)
+    if names is None:
+        raise BtfError(f"dnstrace does not know how {machine} passes arguments")
+    step = 8 if len(set(names)) == 1 else 0
+    return {
+        f"OFFSET_argument_{i}": btf.offset("pt_regs", name) + i * step
+        for i, name in enumerate(names)
+    }
 
 
 def _conntrack_offsets(btf: Btf) -> dict[str, int]:

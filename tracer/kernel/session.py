@@ -73,7 +73,8 @@ class Session:
                 "SLOTS": limits.slots,
                 "SMALL_PAGES": _SMALL_RING_PAGES,
                 "LARGE_PAGES": _LARGE_RING_PAGES,
-            }
+            },
+            kprobes=False,
         )
         try:
             built = compilation.result()
