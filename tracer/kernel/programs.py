@@ -8,9 +8,10 @@ the verifier then drops what that copy does not need.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
-from tracer.kernel import bpf
+from tracer.kernel import bpf, kprobes
 from tracer.kernel.bpf import AttachType, ProgramType
 from tracer.kernel.compile import Object
 from tracer.record import HopKind
@@ -20,22 +21,10 @@ _MARK_NETNS = 0x646E737472616301
 _MARK_L2_HLEN = 0x646E737472616302
 _MARK_HOOK = 0x646E737472616303
 _MARK_VERDICT = 0x646E737472616304
+_MARK_SKB_ARGUMENT = 0x646E737472616305
 
 _CGROUP_ALLOW = 1
 _TC_CONTINUE = 0xFFFFFFFF  # TCX_NEXT, and TC_ACT_UNSPEC for clsact: ask the next program
-
-
-def load_socket_program(built: Object, kind: HopKind) -> int:
-    """A cgroup_skb program for what sockets send (SEND) or receive (RECEIVE)."""
-    attach = _SOCKET_ATTACH[kind]
-    constants = {
-        _MARK_HOOK: int(kind),
-        _MARK_VERDICT: _CGROUP_ALLOW,
-        _MARK_L2_HLEN: 0,
-        _MARK_NETNS: 0,
-    }
-    code = built.linked("packet", constants)
-    return bpf.program_load(ProgramType.CGROUP_SKB, code, f"dnstrace_{kind.name.lower()}", attach)
 
 
 def load_device_program(built: Object, kind: HopKind, netns: int, l2_len: int) -> int:
@@ -50,30 +39,90 @@ def load_device_program(built: Object, kind: HopKind, netns: int, l2_len: int) -
     return bpf.program_load(ProgramType.SCHED_CLS, code, f"dnstrace_{kind.name.lower()}")
 
 
-_SOCKET_ATTACH = {
-    HopKind.SEND: AttachType.CGROUP_INET_EGRESS,
-    HopKind.RECEIVE: AttachType.CGROUP_INET_INGRESS,
-}
 _DEVICE_ATTACH = {
     HopKind.INGRESS: AttachType.TCX_INGRESS,
     HopKind.EGRESS: AttachType.TCX_EGRESS,
 }
 
 
+_CGROUP_ATTACH = {
+    HopKind.SEND: AttachType.CGROUP_INET_EGRESS,
+    HopKind.RECEIVE: AttachType.CGROUP_INET_INGRESS,
+}
+# Kernel function, what its being called means, and which argument is the packet.
+_PROBED = (
+    ("ip_send_skb", HopKind.SEND, 1),
+    ("ip6_send_skb", HopKind.SEND, 0),
+    ("skb_consume_udp", HopKind.RECEIVE, 1),
+)
+
+
 def attach_to_cgroup(built: Object, cgroup: Path) -> list[int]:
-    """Watches all sockets of the cgroup and those below. Returns what to close to detach."""
+    """Watches all sockets of the cgroup and those below. Returns what to close to detach.
+
+    The receive is then when the packet is queued to the socket.
+    """
     directory = os.open(cgroup, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    links = []
+    links: list[int] = []
     try:
-        for kind, attach in _SOCKET_ATTACH.items():
-            program = load_socket_program(built, kind)
+        for kind, attach in _CGROUP_ATTACH.items():
+            constants = {
+                _MARK_HOOK: int(kind),
+                _MARK_VERDICT: _CGROUP_ALLOW,
+                _MARK_L2_HLEN: 0,
+                _MARK_NETNS: 0,
+            }
+            code = built.linked("packet", constants)
+            name = f"dnstrace_{kind.name.lower()}"
+            program = bpf.program_load(ProgramType.CGROUP_SKB, code, name, attach)
             try:
                 links.append(bpf.link_create(program, directory, attach))
             finally:
                 os.close(program)
+    except OSError:
+        close_all(links)
+        raise
     finally:
         os.close(directory)
     return links
+
+
+def attach_to_functions(built: Object) -> list[int]:
+    """Watches all sockets by kprobes. Returns what to close to detach.
+
+    The receive is then when the process takes the packet.
+    """
+    links: list[int] = []
+    try:
+        for function, kind, argument in _PROBED:
+            constants = {_MARK_HOOK: int(kind), _MARK_SKB_ARGUMENT: argument}
+            code = built.linked("kprobe_packet", constants)
+            name = f"dnstrace_{kind.name.lower()}"
+            program = bpf.program_load(ProgramType.KPROBE, code, name)
+            try:
+                links += kprobes.attach(program, function)
+            finally:
+                os.close(program)
+    except OSError:
+        close_all(links)
+        raise
+    return links
+
+
+def attach_to_drops(built: Object) -> list[int]:
+    """Watches for packets that the kernel gives up. Returns what to close to detach."""
+    code = built.linked("packet_dropped")
+    program = bpf.program_load(ProgramType.RAW_TRACEPOINT, code, "dnstrace_drop")
+    try:
+        return [bpf.raw_tracepoint_open(program, "kfree_skb")]
+    finally:
+        os.close(program)
+
+
+def close_all(descriptors: Iterable[int]) -> None:
+    """Closes each."""
+    for descriptor in descriptors:
+        os.close(descriptor)
 
 
 def attach_to_device(programs: dict[HopKind, int], ifindex: int) -> list[int]:
@@ -83,7 +132,6 @@ def attach_to_device(programs: dict[HopKind, int], ifindex: int) -> list[int]:
         for kind, attach in _DEVICE_ATTACH.items():
             links.append(bpf.link_create(programs[kind], ifindex, attach))
     except OSError:
-        for link in links:
-            os.close(link)
+        close_all(links)
         raise
     return links

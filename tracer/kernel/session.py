@@ -8,11 +8,12 @@ import struct
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tracer.kernel import bpf, netns, programs
+from tracer.kernel import bpf, kprobes, netns, programs
 from tracer.kernel.compile import Compilation, CompileError, Object
 from tracer.kernel.devices import Device, Devices
 from tracer.kernel.ring import Ring
@@ -24,6 +25,9 @@ _U64 = struct.Struct("=Q")
 _SETTINGS = struct.Struct("=QII")
 _SMALL_RING_PAGES = 2048
 _LARGE_RING_PAGES = 512
+
+
+HookSet = Literal["kprobe", "tracepoint"]
 
 
 class Unsupported(Exception):
@@ -54,6 +58,7 @@ class Session:
     """Attached programs and their tables. `close` (or the process's end) takes all away."""
 
     built: Object
+    hooks: HookSet
     table: Table
     rings: tuple[Ring, Ring]
     page_size: int = field(default_factory=lambda: os.sysconf("SC_PAGESIZE"))
@@ -65,16 +70,25 @@ class Session:
         self.devices = Devices(self._attach_device)
 
     @classmethod
-    def open(cls, selection: Selection, limits: Limits | None = None) -> Session:
+    def open(
+        cls, selection: Selection, limits: Limits | None = None, hooks: HookSet | None = None
+    ) -> Session:
         """Compiles, loads and attaches. Raises Unsupported."""
         limits = limits or Limits()
+        if hooks is None:
+            hooks = "kprobe" if kprobes.available() else "tracepoint"
+        elif hooks == "kprobe" and not kprobes.available():
+            raise Unsupported(
+                "this kernel has no kprobes (CONFIG_KPROBE_EVENTS); "
+                "leave --hooks out, or use --hooks tracepoint"
+            )
         compilation = Compilation(
             {
                 "SLOTS": limits.slots,
                 "SMALL_PAGES": _SMALL_RING_PAGES,
                 "LARGE_PAGES": _LARGE_RING_PAGES,
             },
-            kprobes=False,
+            kprobes=hooks == "kprobe",
         )
         try:
             built = compilation.result()
@@ -85,7 +99,7 @@ class Session:
             Ring(built.map_fds["small_ring"], _SMALL_RING_PAGES * page, SMALL_RECORD),
             Ring(built.map_fds["large_ring"], _LARGE_RING_PAGES * page, LARGE_RECORD),
         )
-        session = cls(built, Table(built.map_fds, limits.slots), rings)
+        session = cls(built, hooks, Table(built.map_fds, limits.slots), rings)
         try:
             session.select(selection)
             session._attach()
@@ -153,17 +167,17 @@ class Session:
         self.built.close()
 
     def _attach(self) -> None:
-        cgroup = netns.cgroup2_root()
-        if cgroup is None:
-            raise Unsupported(
-                "no cgroup v2 tree is mounted; mount one: "
-                "mkdir -p /sys/fs/cgroup/unified && mount -t cgroup2 none /sys/fs/cgroup/unified"
-            )
         try:
-            self._links += programs.attach_to_cgroup(self.built, cgroup)
+            if self.hooks == "kprobe":
+                self._links += programs.attach_to_functions(self.built)
+            else:
+                self._links += programs.attach_to_cgroup(self.built, _cgroup_root())
+            self._links += programs.attach_to_drops(self.built)
             self.devices.start()
-        except bpf.BpfError as error:
-            raise Unsupported(f"{error.strerror}; run 'dnstrace doctor' for what is missing") from error
+        except OSError as error:
+            raise Unsupported(
+                f"{error.strerror}; run 'dnstrace doctor' for what is missing"
+            ) from error
 
     def _attach_device(self, device: Device) -> list[int]:
         key = (device.netns, device.l2_len)
@@ -173,6 +187,16 @@ class Session:
                 for kind in (HopKind.INGRESS, HopKind.EGRESS)
             }
         return programs.attach_to_device(self._device_programs[key], device.ifindex)
+
+
+def _cgroup_root() -> Path:
+    root = netns.cgroup2_root()
+    if root is None:
+        raise Unsupported(
+            "no cgroup v2 tree is mounted; mount one: "
+            "mkdir -p /sys/fs/cgroup/unified && mount -t cgroup2 none /sys/fs/cgroup/unified"
+        )
+    return root
 
 
 def _replace(fd: int, wanted: set[bytes], key_size: int) -> None:
