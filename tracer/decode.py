@@ -128,6 +128,23 @@ def answers(response: bytes, wire_len: int) -> Answers:
     return known
 
 
+def type_named(text: str) -> str:
+    """A type's mnemonic as questions and answers have it: "aaaa" is "AAAA", "TYPE1" is "A"."""
+    try:
+        return _type_text(dns.rdatatype.from_text(text))
+    except (dns.exception.DNSException, ValueError):
+        raise ValueError(f"{text!r} is not a DNS type, such as A, AAAA or TYPE65280") from None
+
+
+def rcode_named(text: str) -> str:
+    """A response code's mnemonic as transactions have it: "nxdomain" and "3" are "NXDOMAIN"."""
+    number = text.upper().removeprefix("RCODE")
+    try:
+        return _rcode_text(dns.rcode.from_text(number))
+    except (dns.exception.DNSException, ValueError):
+        raise ValueError(f"{text!r} is not a response code, such as NXDOMAIN or SERVFAIL") from None
+
+
 def _read_question(message: bytes) -> tuple[Question, int]:
     """Also says where the name ends, or 0 where that does not say what the name is."""
     if len(message) < HEADER_LEN:

@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The user's filters as one function of a transaction. All of them must hold."""
+
+from __future__ import annotations
+
+import fnmatch
+import functools
+import ipaddress
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from tracer import decode
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from tracer.transaction import Transaction
+
+    Predicate = Callable[[Transaction], bool]
+    Side = Literal["client", "server"]
+
+COMM_LEN_MAX = 15  # TASK_COMM_LEN without the zero byte: the kernel cuts longer names
+_UNITS_NS = {"ns": 1, "us": 1_000, "µs": 1_000, "ms": 1_000_000, "s": 1_000_000_000, "m": 60_000_000_000}  # fmt: skip
+_DURATION = re.compile(r"(\d{1,12}(?:\.\d{1,9})?)(ns|us|µs|ms|s|m)", re.ASCII)
+
+
+@dataclass(frozen=True, slots=True)
+class Filters:
+    """What is asked for, as it is written on the command line.
+
+    Namespaces and pods are those of the client, or with `side` "server" of who answered; one of
+    several must match. Names of pods, containers, processes and questions are globs.
+    """
+
+    namespaces: tuple[str, ...] = ()
+    pods: tuple[str, ...] = ()
+    container: str | None = None
+    pid: int | None = None
+    comm: str | None = None
+    name: str | None = None
+    type: str | None = None
+    rcode: str | None = None
+    failed: bool = False
+    slower: str | None = None
+    server: str | None = None
+    backend: str | None = None
+    side: Side = "client"
+
+    def predicate(self) -> Predicate:
+        """Whether a transaction is asked for. ValueError says which value makes no sense."""
+        checks = [
+            make(value, self.side)
+            for field, make in _MAKERS.items()
+            if (value := getattr(self, field)) not in (None, (), False)
+        ]
+        if len(checks) == 1:
+            return checks[0]
+        return lambda t: all(check(t) for check in checks)
+
+
+def has_failed(t: Transaction) -> bool:
+    """Whether there was no answer, or one with an error code; NXDOMAIN is one."""
+    return t.status != "answered" or t.rcode not in ("NOERROR", None)
+
+
+def duration_ns(text: str) -> int:
+    """ "5ms", "1.5s", "200us" or "2m" in nanoseconds."""
+    match = _DURATION.fullmatch(text)
+    if match is None:
+        raise ValueError(f"{text!r} is not a time; write a number with ns, us, ms, s or m: 5ms")
+    number, unit = match.groups()
+    whole, _, fraction = number.partition(".")
+    return int(whole) * _UNITS_NS[unit] + int(fraction or 0) * _UNITS_NS[unit] // 10 ** len(
+        fraction
+    )
+
+
+def _in_namespace(wanted: tuple[str, ...], side: Side) -> Predicate:
+    if not all(wanted):
+        raise ValueError("a namespace has a name")
+    if side == "server":
+        return lambda t: t.backend is not None and t.backend.namespace in wanted
+    return lambda t: t.client.namespace in wanted
+
+
+def _of_pod(globs: tuple[str, ...], side: Side) -> Predicate:
+    matches = [_pod_glob(glob) for glob in globs]
+
+    def of_pod(t: Transaction) -> bool:
+        owner = t.client if side == "client" else t.backend
+        return (
+            owner is not None
+            and owner.pod is not None
+            and any(match(owner.namespace, owner.pod) for match in matches)
+        )
+
+    return of_pod
+
+
+def _of_pid(pid: int) -> Predicate:
+    return lambda t: t.client.pid == pid
+
+
+def _of_container(pattern: str) -> Predicate:
+    match = _glob("container", pattern)
+    return lambda t: t.client.container is not None and match(t.client.container)
+
+
+def _of_process(pattern: str) -> Predicate:
+    match = _glob("comm", pattern[:COMM_LEN_MAX] if not re.search(r"[*?\[]", pattern) else pattern)
+    return lambda t: t.client.comm is not None and match(t.client.comm)
+
+
+def _named(pattern: str) -> Predicate:
+    lower = pattern.lower()
+    match = _glob("name", lower.removesuffix(".") or lower)
+
+    @functools.lru_cache(maxsize=4096)
+    def matches(name: str) -> bool:
+        lower = name.lower()
+        return match(lower.removesuffix(".") or lower)
+
+    return lambda t: t.name is not None and matches(t.name)
+
+
+def _of_type(text: str) -> Predicate:
+    type_ = decode.type_named(text)
+    return lambda t: t.type == type_
+
+
+def _with_rcode(text: str) -> Predicate:
+    rcode = decode.rcode_named(text)
+    return lambda t: t.rcode == rcode
+
+
+def _slower(text: str) -> Predicate:
+    """Who got no answer has waited longer than anybody; a refusal is no wait."""
+    at_least_ns = duration_ns(text)
+
+    def slower(t: Transaction) -> bool:
+        if t.latency_ns is None:
+            return t.status in ("timeout", "dropped")
+        return t.latency_ns >= at_least_ns
+
+    return slower
+
+
+def _sent_to(text: str) -> Predicate:
+    ip = _ip("server", text)
+    return lambda t: t.server.ip == ip
+
+
+def _answered_by(text: str) -> Predicate:
+    try:
+        ip = _ip("backend", text)
+    except ValueError:
+        if ":" in text or re.fullmatch(r"[\d.]+", text):
+            raise
+    else:
+        return lambda t: t.backend is not None and t.backend.ip == ip
+    match = _pod_glob(text)
+
+    def answered_by(t: Transaction) -> bool:
+        backend = t.backend
+        return (
+            backend is not None
+            and backend.pod is not None
+            and match(backend.namespace, backend.pod)
+        )
+
+    return answered_by
+
+
+def _pod_glob(pattern: str) -> Callable[[str | None, str], bool]:
+    """A pod's name, or "namespace/name"."""
+    match = _glob("pod", pattern)
+    if "/" not in pattern:
+        return lambda _, pod: match(pod)
+    return lambda namespace, pod: match(f"{namespace}/{pod}")
+
+
+def _glob(what: str, pattern: str) -> Callable[[str], bool]:
+    if not pattern:
+        raise ValueError(f"{what} is empty; write a name or a pattern such as 'web-*'")
+    matches = re.compile(fnmatch.translate(pattern)).match
+    return lambda text: matches(text) is not None
+
+
+def _ip(what: str, text: str) -> str:
+    try:
+        address = ipaddress.ip_address(text)
+    except ValueError:
+        raise ValueError(f"{what} {text!r} is not an IP address") from None
+    mapped = getattr(address, "ipv4_mapped", None)
+    return str(mapped or address)
+
+
+_MAKERS: dict[str, Callable[[Any, Side], Predicate]] = {
+    "namespaces": _in_namespace,
+    "pods": _of_pod,
+    "container": lambda value, _: _of_container(value),
+    "pid": lambda value, _: _of_pid(value),
+    "comm": lambda value, _: _of_process(value),
+    "name": lambda value, _: _named(value),
+    "type": lambda value, _: _of_type(value),
+    "rcode": lambda value, _: _with_rcode(value),
+    "failed": lambda _, __: has_failed,
+    "slower": lambda value, _: _slower(value),
+    "server": lambda value, _: _sent_to(value),
+    "backend": lambda value, _: _answered_by(value),
+}
