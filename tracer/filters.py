@@ -71,9 +71,8 @@ def duration_ns(text: str) -> int:
         raise ValueError(f"{text!r} is not a time; write a number with ns, us, ms, s or m: 5ms")
     number, unit = match.groups()
     whole, _, fraction = number.partition(".")
-    return int(whole) * _UNITS_NS[unit] + int(fraction or 0) * _UNITS_NS[unit] // 10 ** len(
-        fraction
-    )
+    unit_ns = _UNITS_NS[unit]
+    return int(whole) * unit_ns + int(fraction.ljust(9, "0")) * unit_ns // 1_000_000_000
 
 
 def _in_namespace(wanted: tuple[str, ...], side: Side) -> Predicate:
