@@ -143,7 +143,10 @@ def test_down_leaves_nothing_and_the_host_as_it_was() -> None:
 
 
 def test_down_ends_what_runs_in_the_pods(lab: Lab) -> None:
-    with lab.popen("sre/web-0", ["sleep", "100"]) as sleeper:
+    argv = ["sh", "-c", "echo there; exec sleep 100"]
+    with lab.popen("sre/web-0", argv, stdout=subprocess.PIPE, text=True) as sleeper:
+        assert sleeper.stdout is not None
+        assert sleeper.stdout.readline() == "there\n"
         lab.down()
         assert sleeper.wait(5) == -signal.SIGKILL
 
