@@ -57,6 +57,19 @@ _PROBED = (
 )
 
 
+def load_socket_program(built: Object, kind: HopKind) -> int:
+    """A cgroup_skb program for what sockets send (SEND) or are given (RECEIVE)."""
+    constants = {
+        _MARK_HOOK: int(kind),
+        _MARK_VERDICT: _CGROUP_ALLOW,
+        _MARK_L2_HLEN: 0,
+        _MARK_NETNS: 0,
+    }
+    code = built.linked("packet", constants)
+    name = f"dnstrace_{kind.name.lower()}"
+    return bpf.program_load(ProgramType.CGROUP_SKB, code, name, _CGROUP_ATTACH[kind])
+
+
 def attach_to_cgroup(built: Object, cgroup: Path) -> list[int]:
     """Watches all sockets of the cgroup and those below. Returns what to close to detach.
 
@@ -66,15 +79,7 @@ def attach_to_cgroup(built: Object, cgroup: Path) -> list[int]:
     links: list[int] = []
     try:
         for kind, attach in _CGROUP_ATTACH.items():
-            constants = {
-                _MARK_HOOK: int(kind),
-                _MARK_VERDICT: _CGROUP_ALLOW,
-                _MARK_L2_HLEN: 0,
-                _MARK_NETNS: 0,
-            }
-            code = built.linked("packet", constants)
-            name = f"dnstrace_{kind.name.lower()}"
-            program = bpf.program_load(ProgramType.CGROUP_SKB, code, name, attach)
+            program = load_socket_program(built, kind)
             try:
                 links.append(bpf.link_create(program, directory, attach))
             finally:
