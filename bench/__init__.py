@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measurements that need neither root nor a cluster."""
+"""Measurements: `throughput` on the lab cluster as root, `user_side` anywhere."""

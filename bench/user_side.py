@@ -16,13 +16,18 @@ import dns.flags
 import dns.message
 import dns.rrset
 
-from tests.samples import transaction
+from tests.samples import START_NS, transaction
 from tracer import decode
+from tracer.cluster.resolvconf import ResolvConf
+from tracer.correlate.lookups import Lookups
 from tracer.export import jsonl
 from tracer.show.live import LiveTable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+    from tracer.correlate.chain import Resolver
+    from tracer.transaction import Transaction
 
 RUNS = 5
 CALLS = 20_000
@@ -85,7 +90,33 @@ def showing() -> None:
         show(f"live line, {what}", functools.partial(table.line, t))
 
 
+def correlating() -> None:
+    """Per transaction: all eight of a search-list flood, one after the other."""
+    pod = ResolvConf((), ("sre.svc.cluster.local", "svc.cluster.local", "cluster.local"), 5)
+    names = (*(f"www.li-rui.top.{domain}." for domain in pod.search), "www.li-rui.top.")
+    flood = []
+    for step, name in enumerate(names):
+        for type_ in ("A", "AAAA"):
+            rcode = "NOERROR" if name == names[-1] else "NXDOMAIN"
+            data = ("192.0.2.1",) if type_ == "A" else ("2001:db8::1",)
+            start_ns = START_NS + step * 600_000
+            flood.append(
+                transaction(name, type_, rcode, data=data, time_ns=start_ns, latency_ns=500_000)
+            )
+    lookups = Lookups()
+    for what, resolver in (("known", pod), ("unknown", None)):
+        following = itertools.cycle(flood)
+
+        def feed(
+            following: Iterator[Transaction] = following, to: Resolver | None = resolver
+        ) -> None:
+            lookups.feed(next(following), to, START_NS)
+
+        show(f"lookups, search list {what}", feed)
+
+
 if __name__ == "__main__":
     decoding()
+    correlating()
     exporting()
     showing()
