@@ -123,16 +123,15 @@ class Lookups:
         return asker
 
     def _find(self, asker: _Asker, query: Asked) -> Chain | None:
-        best: tuple[int, tuple[bool, int], Chain] | None = None
         alike = asker.open.get(_first_label(query.name), {})
-        for chain in itertools.islice(reversed(alike.values()), CANDIDATES_MAX):
-            fit = chain.fit(query, self._gap_ns)
-            if fit is None:
-                continue
-            found = (fit, chain.distance_ns(query), chain)
-            if best is None or found[:2] < best[:2]:
-                best = found
-        return None if best is None else best[2]
+        fitting = [
+            (fit, chain)
+            for chain in itertools.islice(reversed(alike.values()), CANDIDATES_MAX)
+            if (fit := chain.fit(query, self._gap_ns)) is not None
+        ]
+        if len(fitting) < 2:
+            return fitting[0][1] if fitting else None
+        return min(fitting, key=lambda found: (found[0], found[1].distance_ns(query)))[1]
 
     def _begin(self, asker: _Asker, chain: Chain) -> None:
         self._open[id(chain)] = chain
