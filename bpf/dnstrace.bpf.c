@@ -297,8 +297,16 @@ int packet(struct __sk_buff *skb)
 	u16 protocol = skb->protocol;
 	struct scratch *scratch;
 	enum parsed parsed;
-	u64 owner;
+	u64 owner = bpf_get_current_pid_tgid();
 
+	if (hook == HOP_SEND) {
+		key = owner & (TASK_SCRATCHES - 1);
+		scratch = task_scratch.lookup(&key);
+	} else {
+		scratch = softirq_scratch.lookup(&key);
+	}
+	if (!scratch)
+		return patched(MARK_VERDICT);
 	if (device) {
 		for (i = 0; i < MAX_VLAN_TAGS; i++) {
 			u8 *tag = (u8 *)(long)skb->data + ETH_HLEN + i * 4;
@@ -311,22 +319,14 @@ int packet(struct __sk_buff *skb)
 			protocol = *(u16 *)(tag + 2);
 			l3 += 4;
 		}
-		l3 &= 63;
+		if (i)
+			l3 = forgotten(&scratch->message, l3) & 63;
 	}
 	if (!maybe_dns(skb, l3, protocol, device) || skb->len <= l3)
 		return patched(MARK_VERDICT);
 	source.offset = l3;
 	source.len = skb->len - l3;
 
-	owner = bpf_get_current_pid_tgid();
-	if (hook == HOP_SEND) {
-		key = owner & (TASK_SCRATCHES - 1);
-		scratch = task_scratch.lookup(&key);
-	} else {
-		scratch = softirq_scratch.lookup(&key);
-	}
-	if (!scratch)
-		return patched(MARK_VERDICT);
 	scratch->owner = owner;
 	message = &scratch->message;
 	parsed = parse(&source, scratch, message, device);
@@ -450,5 +450,18 @@ int packet_dropped(struct bpf_raw_tracepoint_args *ctx)
 	place.ifindex = ifindex;
 	place.netns = netns;
 	seen(&source, skb, &scratch->message, &place);
+	return 0;
+}
+
+/* Run once per slot before anything is attached: puts every slot among the free ones. */
+int free_one_slot(struct __sk_buff *skb)
+{
+	u32 zero = 0, *next = slots_freed.lookup(&zero), number;
+
+	if (!next || *next >= SLOTS)
+		return 0;
+	number = *next;
+	*next = number + 1;
+	free_slots.push(&number, 0);
 	return 0;
 }

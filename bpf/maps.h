@@ -33,6 +33,7 @@ struct index_key {
  */
 BPF_TABLE("hash", struct index_key, u32, slot_index, SLOTS * 2);
 BPF_STACK(free_slots, u32, SLOTS);
+BPF_ARRAY(slots_freed, u32, 1); /* how far the first filling of free_slots is */
 BPF_ARRAY(slots, struct transaction, SLOTS);
 /* start_ns of each slot in use, else 0: what user space scans for time-outs. */
 BPF_F_TABLE("array", u32, u64, slot_start, SLOTS, BPF_F_MMAPABLE);

@@ -41,6 +41,16 @@ struct source {
 	u32 linear; /* of these, readable at address */
 };
 
+/*
+ * A number by way of memory, which the verifier does not follow: whatever the
+ * path here was, what comes next is checked once and not once per path.
+ */
+static __always_inline u32 forgotten(struct message *message, u32 number)
+{
+	*(volatile u32 *)&message->offset = number;
+	return *(volatile u32 *)&message->offset;
+}
+
 static __always_inline u8 u8_at(struct scratch *scratch, u32 offset)
 {
 	return scratch->bytes[offset & (SCRATCH_BYTES - 1)];
@@ -107,7 +117,7 @@ static __always_inline void copy_ipv6(__be64 *to, struct scratch *scratch, u32 o
 static __always_inline void hash_question(struct scratch *scratch, struct message *message)
 {
 	u32 captured = message->captured;
-	u32 start = message->offset + DNS_HLEN, end = start, label = 0, i;
+	u32 start = message->offset + DNS_HLEN, end = start, label = 0, len, i;
 	u64 hash = 0, word;
 
 	message->question_len = 0;
@@ -128,10 +138,12 @@ static __always_inline void hash_question(struct scratch *scratch, struct messag
 	end += 4;
 	if (label || end > captured || end > message->offset + message->len)
 		return;
-	message->question_len = end - start;
+	/* By way of memory: see forgotten. */
+	*(volatile u16 *)&message->question_len = end - start;
+	len = *(volatile u16 *)&message->question_len;
 #pragma nounroll
 	for (i = 0; i < QUESTION_WORDS; i++) {
-		u32 left = message->question_len - i * 8;
+		u32 left = len - i * 8;
 
 		word = u64_at(scratch, start + i * 8) | 0x2020202020202020ULL;
 		if (left < 8)
@@ -230,16 +242,6 @@ static __always_inline u32 find_udp(struct scratch *scratch, u32 captured, u32 o
 		return 0;
 	}
 	return offset + UDP_HLEN <= captured ? offset : 0;
-}
-
-/*
- * A number by way of memory, which the verifier does not follow: whatever the
- * path here was, what comes next is checked once and not once per path.
- */
-static __always_inline u32 forgotten(struct message *message, u32 number)
-{
-	*(volatile u32 *)&message->offset = number;
-	return *(volatile u32 *)&message->offset;
 }
 
 enum parsed { NOT_DNS, UNDECODABLE, IS_DNS };

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import functools
 import ipaddress
+import itertools
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Protocol
 
 import numpy as np
@@ -32,6 +33,10 @@ from tracer.transaction import (
     Transaction,
 )
 
+_COLUMNS = (
+    "dns_id", "attempt", "netns", "cgroup_id", "pid", "comm",
+    "query", "query_captured", "response_len", "response_captured", "response_flags",
+)  # fmt: skip
 _KIND_NAMES: dict[int, HopKind] = {
     Kind.SEND: "send",
     Kind.INGRESS: "ingress",
@@ -49,45 +54,56 @@ _STATUSES: dict[int, Status] = {
 _MAPPED_IPV4 = bytes(10) + b"\xff\xff"
 
 
-class Place(Protocol):
-    """A device, as far as hops tell of it."""
+class Names(Protocol):
+    """Who is who, as far as it is known. Addresses are in presentation format."""
 
-    @property
-    def name(self) -> str: ...
+    def client(
+        self, cgroup_id: int, netns: int, ip: str
+    ) -> tuple[str | None, str | None, str | None, str | None]:
+        """(namespace, pod, container, node) of a process; 0 is unknown."""
+
+    def service(self, ip: str, port: int) -> str | None:
+        """ "namespace/name" of the service whose address it is."""
+
+    def pod(self, ip: str) -> tuple[str | None, str | None]:
+        """(namespace, name) of the pod whose address it is."""
+
+    def place(self, netns: int, ifindex: int) -> tuple[str | None, str | None]:
+        """(name of the device, whose it is); ifindex 0: a socket of that namespace."""
 
 
 class Assembler:
-    """Makes transactions. What it must look up elsewhere comes in as functions.
+    """Makes transactions.
 
-    `find_device(netns, ifindex)` names the devices of hops, `drop_reasons` the kernel's numbers
-    for why it dropped a packet, `symbol(address)` the place where it did.
+    `drop_reasons` are the kernel's numbers for why it dropped a packet, `symbol(address)` names
+    the place where it did.
     """
 
     def __init__(
-        self,
-        find_device: Callable[[int, int], Place | None],
-        drop_reasons: Mapping[int, str],
-        symbol: Callable[[int], str | None],
+        self, names: Names, drop_reasons: Mapping[int, str], symbol: Callable[[int], str | None]
     ) -> None:
-        self._find_device = find_device
+        self._names = names
         self._drop_reasons = drop_reasons
         self._symbol = symbol
 
-    def assemble(self, batch: NDArray[np.void]) -> list[Transaction]:
+    def assemble(self, batch: NDArray[np.void]) -> Iterator[Transaction]:
         """The transactions of a batch of records, or of bare slots that were never answered."""
+        responses: Iterable[bytes]
         if batch.dtype.names and "response" in batch.dtype.names:
-            slots = batch["transaction"]
-            responses: list[bytes] = batch["response"].tolist()
+            slots, responses = batch["transaction"], batch["response"].tolist()
         else:
-            slots, responses = batch, [b""] * len(batch)
+            slots, responses = batch, itertools.repeat(b"", len(batch))
         to_epoch_ns = time.time_ns() - time.monotonic_ns()
         first_flow = slots["flows"][:, 0]
-        backends = _backends(slots)
-        result = []
+        hops = _Hops(slots)
+        name_client, name_service, name_pod = (
+            self._names.client,
+            self._names.service,
+            self._names.pod,
+        )
         columns = zip(
-            range(len(slots)),
             responses,
-            backends,
+            _backends(slots),
             (slots["start_ns"].astype(np.int64) + to_epoch_ns).tolist(),
             _latencies(slots),
             _statuses(slots),
@@ -95,94 +111,120 @@ class Assembler:
             first_flow["client_port"].tolist(),
             first_flow["server_addr"].tolist(),
             first_flow["server_port"].tolist(),
-            *(
-                slots[name].tolist()
-                for name in (
-                    "dns_id", "attempt", "netns", "cgroup_id", "pid", "comm",
-                    "query", "query_captured", "response_len", "response_captured",
-                    "response_flags",
-                )
-            ),
+            *(slots[name].tolist() for name in _COLUMNS),
             strict=True,
-        )  # fmt: skip
-        for (
-            row, response, backend, time_ns, latency_ns, status,
+        )
+        for row, (
+            response, backend_at, time_ns, latency_ns, status,
             client_addr, client_port, server_addr, server_port,
             dns_id, attempt, netns, cgroup_id, pid, comm,
             query, query_captured, response_len, response_captured, response_flags,
-        ) in columns:  # fmt: skip
-            query = query[:query_captured]
+        ) in enumerate(columns):  # fmt: skip
+            query = query[:query_captured]  # noqa: PLW2901 - what follows was never the query
             question = decode.question(query)
             if response_captured:
-                response = response[:response_captured]
-                rcode = decode.rcode(response, response_len)
+                message: bytes | None = response[:response_captured]
+                rcode = decode.rcode(response[:response_captured], response_len)
                 flags = decode.flags(response_flags)
             else:
-                response = None
-                rcode = decode.rcode(bytes(2) + response_flags.to_bytes(2), 4) if response_flags else None
+                message = None
+                rcode = _rcode_of_flags(response_flags) if response_flags else None
                 flags = decode.flags(response_flags or int.from_bytes(query[2:4]))
-            result.append(
-                Transaction(
-                    time_ns,
-                    status,
-                    dns_id,
-                    "udp",
-                    question.name,
-                    question.type,
-                    rcode,
-                    flags,
-                    latency_ns,
-                    attempt,
-                    Client(
-                        ip_text(client_addr),
-                        client_port,
-                        netns or None,
-                        cgroup_id or None,
-                        pid or None,
-                        comm_text(comm) if pid else None,
-                    ),
-                    Server(ip_text(server_addr), server_port),
-                    None if backend is None else Backend(ip_text(backend[0]), backend[1]),
-                    query,
-                    response,
-                    response_len if response else None,
-                    functools.partial(self._hops, slots, row),
-                )
+            client_ip, server_ip = ip_text(client_addr), ip_text(server_addr)
+            client = Client(
+                client_ip,
+                client_port,
+                netns or None,
+                cgroup_id or None,
+                pid or None,
+                comm_text(comm) if pid else None,
+                *name_client(cgroup_id, netns, client_ip),
             )
-        return result
+            backend = None
+            if backend_at:
+                backend_ip = ip_text(backend_at[0])
+                backend = Backend(backend_ip, backend_at[1], *name_pod(backend_ip))
+            yield Transaction(
+                time_ns,
+                status,
+                dns_id,
+                "udp",
+                question.name,
+                question.type,
+                rcode,
+                flags,
+                latency_ns,
+                attempt,
+                client,
+                Server(server_ip, server_port, name_service(server_ip, server_port)),
+                backend,
+                query,
+                message,
+                response_len if response_captured else None,
+                functools.partial(self._make_hops, hops, row, client),
+            )
 
-    def _hops(self, slots: NDArray[np.void], row: int) -> tuple[Hop, ...]:
-        slot = slots[row]
-        flows = [_flow(flow) for flow in slot["flows"][: slot["nflows"]]]
-        start_ns = int(slot["start_ns"])
-        hops = []
-        previous = flows[0]
-        for t_ns, ifindex, netns, reason, kind, direction, number, _ in slot["hops"][
-            : slot["nhops"]
-        ].tolist():
-            client, server = flows[number]
-            nat = _nat(previous, flows[number], direction)
-            previous = flows[number]
-            device = self._find_device(netns, ifindex) if ifindex else None
+    def _make_hops(self, hops: _Hops, row: int, client: Client) -> tuple[Hop, ...]:
+        flows, places = hops.of(row)
+        asker = f"{client.namespace}/{client.pod}" if client.pod else None
+        made = []
+        previous = 0
+        for t_ns, ifindex, netns, reason, kind, direction, number, _ in places:
+            flow = flows[number]
+            nat = None
+            if number != previous:
+                nat = _nat(flows[previous], flow)
+                previous = number
+            ifname, owner = self._names.place(netns, ifindex)
+            if asker and kind == (Kind.RECEIVE if direction else Kind.SEND):
+                owner = asker
             dropped = kind == Kind.DROP
-            location = int(slot["drop_location"])
-            hops.append(
+            made.append(
                 Hop(
                     _KIND_NAMES[kind],
                     _DIRECTIONS[direction],
-                    max(0, t_ns - start_ns),
+                    t_ns,
                     ifindex or None,
-                    device.name if device else None,
+                    ifname,
                     netns or None,
-                    server if direction else client,
-                    client if direction else server,
-                    None,
+                    flow[1] if direction else flow[0],
+                    flow[0] if direction else flow[1],
+                    owner,
                     nat,
                     self._drop_reasons.get(reason, f"reason {reason}") if dropped and reason else None,
-                    self._symbol(location) if dropped and location else None,
+                    self._symbol(hops.drop_location(row)) if dropped else None,
                 )
             )
-        return tuple(hops)
+        return tuple(made)
+
+
+class _Hops:
+    """The hops of a batch, converted all at once when the first of them is asked for."""
+
+    def __init__(self, slots: NDArray[np.void]) -> None:
+        self._slots = slots
+        self._hops: list[list[tuple[int, ...]]] | None = None
+        self._flows: list[list[tuple[bytes, bytes, int, int, int]]] = []
+        self._counts: list[int] = []
+
+    def of(self, row: int) -> tuple[list[tuple[Address, Address]], list[tuple[int, ...]]]:
+        """(client, server) of each flow, and the hops with times from the first one on."""
+        if self._hops is None:
+            slots = self._slots
+            hops = slots["hops"][:, : max(1, int(slots["nhops"].max()))].copy()
+            hops["t_ns"] -= np.minimum(slots["start_ns"][:, None], hops["t_ns"])
+            self._hops = hops.tolist()
+            self._flows = slots["flows"][:, : max(1, int(slots["nflows"].max()))].tolist()
+            self._counts = slots["nhops"].tolist()
+        flows = [
+            ((ip_text(client), client_port), (ip_text(server), server_port))
+            for client, server, client_port, server_port, _ in self._flows[row]
+        ]
+        return flows, self._hops[row][: self._counts[row]]
+
+    def drop_location(self, row: int) -> int:
+        """Kernel address of the last drop, 0 if there was none."""
+        return int(self._slots["drop_location"][row])
 
 
 @functools.lru_cache(maxsize=65536)
@@ -249,20 +291,14 @@ def _backends(slots: NDArray[np.void]) -> list[tuple[bytes, int] | None]:
     ]
 
 
-def _flow(flow: np.void) -> tuple[Address, Address]:
-    return (
-        (ip_text(flow["client_addr"].tobytes()), int(flow["client_port"])),
-        (ip_text(flow["server_addr"].tobytes()), int(flow["server_port"])),
+def _nat(before: tuple[Address, Address], after: tuple[Address, Address]) -> Nat:
+    """What changed between two hops, in client and server."""
+    return Nat(
+        dnat=(before[1], after[1]) if before[1] != after[1] else None,
+        snat=(before[0], after[0]) if before[0] != after[0] else None,
     )
 
 
-def _nat(
-    before: tuple[Address, Address], after: tuple[Address, Address], direction: int
-) -> Nat | None:
-    """What changed between two hops. A response's source is what DNAT changes back."""
-    if before == after:
-        return None
-    client = (before[0], after[0]) if before[0] != after[0] else None
-    server = (before[1], after[1]) if before[1] != after[1] else None
-    del direction
-    return Nat(dnat=server, snat=client)
+@functools.lru_cache(maxsize=16)
+def _rcode_of_flags(flags16: int) -> str | None:
+    return decode.rcode(bytes(2) + flags16.to_bytes(2), 4)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Puts names to transactions: from cgroup, network namespace and address to pod and service.
+"""Who is who: from cgroup, network namespace and address to pod and service.
 
 A process is its container's by cgroup, which holds for hostNetwork pods too; else its pod's by
 network namespace. An address names a pod only where it is that pod's alone.
@@ -7,35 +7,48 @@ network namespace. An address names a pod only where it is that pod's alone.
 
 from __future__ import annotations
 
-import functools
 import os
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Protocol
 
 from tracer.cluster.model import Inventory, Pod
-from tracer.transaction import Address, Client, Hop, Transaction
+from tracer.transaction import Client
 
 _REWALK_S = 1.0
+_NOBODY = (None, None, None, None)
+
+
+class Device(Protocol):
+    """A device, and the namespace that it leads to if it is a veth."""
+
+    @property
+    def name(self) -> str:
+        """As `ip link` shows it."""
+
+    @property
+    def peer_netns(self) -> int | None:
+        """Inode number."""
 
 
 class Identities:
     """Who is who, from one inventory. `cgroup_root` is where the v2 tree is mounted.
 
-    `peer_of(netns, ifindex)` tells the namespace that a veth leads to.
+    `find_device(netns, ifindex)` knows the devices that hops are seen at.
     """
 
     def __init__(
         self,
         inventory: Inventory,
         cgroup_root: Path | None,
-        peer_of: Callable[[int, int], int | None] = lambda _netns, _ifindex: None,
+        find_device: Callable[[int, int], Device | None] = lambda _netns, _ifindex: None,
     ) -> None:
         self.inventory = inventory
         self._root = cgroup_root
-        self._peer_of = peer_of
+        self._find_device = find_device
         self._pod_of_netns = {
             pod.netns: pod for pod in inventory.pods if pod.netns and not pod.host_network
         }
@@ -53,25 +66,35 @@ class Identities:
         self._walked_at = -_REWALK_S
         self._walk(time.monotonic())
 
-    def name(self, t: Transaction) -> Transaction:
-        """The transaction with every name that is known."""
-        client = t.client
-        found = self._identify(client.cgroup_id, client.netns, client.ip)
-        if found:
-            pod, container = found
-            client = client._replace(
-                namespace=pod.namespace, pod=pod.name, container=container, node=pod.node
-            )
-        server, backend = t.server, t.backend
-        service = self._service_of.get((server.ip, server.port))
-        if service:
-            server = server._replace(service=service)
-        if backend:
-            pod_behind = self._pod_of_ip.get(backend.ip)
-            if pod_behind:
-                backend = backend._replace(namespace=pod_behind.namespace, pod=pod_behind.name)
-        make_hops = functools.partial(self._own_hops, t.make_hops, client)
-        return t._replace(client=client, server=server, backend=backend, make_hops=make_hops)
+    def client(
+        self, cgroup_id: int, netns: int, ip: str
+    ) -> tuple[str | None, str | None, str | None, str | None]:
+        """(namespace, pod, container, node) of a process; 0 is unknown."""
+        found = self._identify(cgroup_id, netns, ip)
+        if found is None:
+            return _NOBODY
+        pod, container = found
+        return pod.namespace, pod.name, container, pod.node
+
+    def service(self, ip: str, port: int) -> str | None:
+        """ "namespace/name" of the service whose address it is."""
+        return self._service_of.get((ip, port))
+
+    def pod(self, ip: str) -> tuple[str | None, str | None]:
+        """(namespace, name) of the pod whose address it is."""
+        pod = self._pod_of_ip.get(ip)
+        return (pod.namespace, pod.name) if pod else (None, None)
+
+    def place(self, netns: int, ifindex: int) -> tuple[str | None, str | None]:
+        """(name of the device, whose it is): the pod's at a veth's other end, else the node's."""
+        ifname, inside = None, netns
+        if ifindex:
+            device = self._find_device(netns, ifindex)
+            if device:
+                ifname = device.name
+                inside = device.peer_netns or netns
+        pod = self._pod_of_netns.get(inside)
+        return ifname, pod.full_name if pod else self._node_of_netns.get(netns)
 
     def select(self, pods: Iterable[Pod]) -> tuple[set[int], set[int]]:
         """Network namespaces and cgroup ids that tell these pods' queries from all others."""
@@ -111,17 +134,14 @@ class Identities:
             if container.cgroup
         ]
 
-    def _identify(
-        self, cgroup_id: int | None, netns: int | None, ip: str
-    ) -> tuple[Pod, str | None] | None:
-        if cgroup_id is not None:
-            known = self._container_of_cgroup.get(cgroup_id)
-            if known:
-                return known
-        pod = self._pod_of_netns.get(netns) if netns is not None else self._pod_of_ip.get(ip)
+    def _identify(self, cgroup_id: int, netns: int, ip: str) -> tuple[Pod, str | None] | None:
+        known = self._container_of_cgroup.get(cgroup_id)
+        if known:
+            return known
+        pod = self._pod_of_netns.get(netns) if netns else self._pod_of_ip.get(ip)
         if pod:
             return pod, pod.containers[0].name if len(pod.containers) == 1 else None
-        if cgroup_id is not None and time.monotonic() - self._walked_at > _REWALK_S:
+        if cgroup_id and time.monotonic() - self._walked_at > _REWALK_S:
             self._walk(time.monotonic())  # perhaps a group that a container made since
             return self._container_of_cgroup.get(cgroup_id)
         return None
@@ -140,36 +160,3 @@ class Identities:
                     with suppress(OSError):
                         found[os.stat(directory).st_ino] = (pod, container.name)
         self._container_of_cgroup = found
-
-    def _own_hops(self, make: Callable[[], tuple[Hop, ...]], client: Client) -> tuple[Hop, ...]:
-        me = f"{client.namespace}/{client.pod}" if client.pod else None
-        hops = make()
-        return tuple(
-            hop._replace(owner=me if me and _is_clients(hop) else self._owner(hop))
-            for hop in hops
-        )
-
-    def _owner(self, hop: Hop) -> str | None:
-        """Whose device or socket: the pod's at the other end of a veth, else the node's."""
-        netns = hop.netns
-        if netns is None:
-            return None
-        if hop.ifindex is not None:
-            netns = self._peer_of(netns, hop.ifindex) or netns
-        pod = self._pod_of_netns.get(netns)
-        if pod:
-            return pod.full_name
-        return self._node_of_netns.get(netns)
-
-    def resolve(self, address: Address) -> str | None:
-        """ "namespace/pod" behind an address, if it is one pod's."""
-        pod = self._pod_of_ip.get(address[0])
-        return pod.full_name if pod else None
-
-
-def _is_clients(hop: Hop) -> bool:
-    """Whether a hop is at the client's own socket."""
-    return hop.ifindex is None and (
-        (hop.kind == "send" and hop.direction == "query")
-        or (hop.kind == "receive" and hop.direction == "response")
-    )

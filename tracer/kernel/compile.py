@@ -30,10 +30,12 @@ _MAX_MAPS = 64
 _INCLUDE = re.compile(r'^#include "(\w+\.h)"$', re.MULTILINE)
 
 # Programs, and the macro without which each is left out.
-PROGRAMS = {"packet": None, "packet_dropped": None, "kprobe_packet": "OFFSET_argument_0"}
+PROGRAMS = {"packet": None, "packet_dropped": None,
+    "free_one_slot": None, "kprobe_packet": "OFFSET_argument_0"}
 MAPS = (
     "slot_index",
     "free_slots",
+    "slots_freed",
     "slots",
     "slot_start",
     "variant_last_ns",

@@ -45,6 +45,16 @@ _DEVICE_ATTACH = {
 }
 
 
+def fill_free_slots(built: Object, slots: int) -> None:
+    """Makes all slots free: by a program, since as many system calls would take a while."""
+    code = built.linked("free_one_slot")
+    program = bpf.program_load(ProgramType.SCHED_CLS, code, "dnstrace_free")
+    try:
+        bpf.test_run(program, bytes(64), slots)
+    finally:
+        os.close(program)
+
+
 _CGROUP_ATTACH = {
     HopKind.SEND: AttachType.CGROUP_INET_EGRESS,
     HopKind.RECEIVE: AttachType.CGROUP_INET_INGRESS,

@@ -47,10 +47,14 @@ class Ring:
         """The share of the ring that is waiting to be read, 0 to 1."""
         return float(int(self._producer[0]) - self._consumer.value) / self._size
 
-    def read(self) -> NDArray[np.void]:
-        """All complete records, copied out, oldest first; what they took is free again."""
-        start, end = self._consumer.value, int(self._producer[0])
-        count = (end - start) // self._stride
+    def pending(self) -> int:
+        """How many records wait, complete or still being written."""
+        return (int(self._producer[0]) - self._consumer.value) // self._stride
+
+    def read(self, at_most: int) -> NDArray[np.void]:
+        """Complete records, copied out, oldest first; what they took is free again."""
+        start = self._consumer.value
+        count = min(self.pending(), at_most)
         if count == 0:
             return np.empty(0, self._framed["record"])
         at = start % self._size

@@ -25,6 +25,7 @@ _U64 = struct.Struct("=Q")
 _SETTINGS = struct.Struct("=QII")
 _SMALL_RING_PAGES = 2048
 _LARGE_RING_PAGES = 512
+_BATCH = 512
 
 
 HookSet = Literal["kprobe", "tracepoint"]
@@ -101,6 +102,7 @@ class Session:
         )
         session = cls(built, hooks, Table(built.map_fds, limits.slots), rings)
         try:
+            programs.fill_free_slots(built, limits.slots)
             session.select(selection)
             session._attach()
         except BaseException:
@@ -131,10 +133,11 @@ class Session:
         bpf.map_update(fds["settings"], _U32.pack(0), settings)
 
     def read(self) -> Iterator[NDArray[np.void]]:
-        """What has left the kernel since the last call: a batch of each kind of record."""
+        """What has left the kernel by now, in batches that keep this process small."""
         for ring in self.rings:
-            batch = ring.read()
-            if len(batch):
+            waiting = ring.pending()
+            while waiting > 0 and len(batch := ring.read(min(waiting, _BATCH))):
+                waiting -= len(batch)
                 yield batch
 
     def fill(self) -> float:

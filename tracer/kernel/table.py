@@ -33,8 +33,6 @@ class Table:
         self._start = np.frombuffer(self._map, np.uint64)
         self._stuck: dict[int, int] = {}  # slot: start_ns when it could not be claimed
         self.leaked = 0
-        for number in range(slots):
-            bpf.map_update(self._free, None, _U32.pack(number))
 
     def in_flight(self) -> int:
         """How many transactions wait for an answer."""

@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs the real `dnstrace` beside the real tools that tell whether it says the truth."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import dns.message
+import dns.rcode
+import dns.rdatatype
+
+from tracer.lab import Lab
+
+ARMED_WITHIN_S = 20.0
+
+
+class Tracer:
+    """A running `dnstrace --json`. What it said is there after `stop`."""
+
+    def __init__(self, *arguments: str, output: Path) -> None:
+        self._path = output
+        self._errors: list[str] = []
+        with output.open("wb") as stdout:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "tracer", "--json", *arguments],
+                stdout=stdout,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        self._wait_until_armed()
+
+    def _wait_until_armed(self) -> None:
+        assert self.process.stderr
+        for line in self.process.stderr:
+            self._errors.append(line)
+            if "tracing" in line:
+                return
+        raise AssertionError(f"dnstrace did not start: {''.join(self._errors)}")
+
+    def stop(self, timeout_s: float = 30.0) -> Trace:
+        """Ends it as Ctrl-C does, and returns what it said."""
+        self.process.send_signal(signal.SIGINT)
+        return self.wait(timeout_s)
+
+    def wait(self, timeout_s: float = 30.0) -> Trace:
+        """Waits for its own end."""
+        _, errors = self.process.communicate(timeout=timeout_s)
+        self._errors.append(errors)
+        assert self.process.returncode == 0, "".join(self._errors)
+        return Trace(self._path, "".join(self._errors))
+
+
+class Trace:
+    """The JSON lines of one run, by event."""
+
+    def __init__(self, path: Path, stderr: str) -> None:
+        self.stderr = stderr
+        events = [json.loads(line) for line in path.read_bytes().splitlines()]
+        self.transactions: list[dict[str, Any]] = [
+            e for e in events if e["event"] == "transaction"
+        ]
+        self.lookups: list[dict[str, Any]] = [e for e in events if e["event"] == "lookup"]
+        assert [e["event"] for e in events].index("summary") == len(events) - 1
+        self.summary: dict[str, Any] = events[-1]
+
+    def named(self, name: str) -> list[dict[str, Any]]:
+        """The transactions of one question."""
+        return [t for t in self.transactions if t["name"] == name]
+
+
+@contextmanager
+def tracing(*arguments: str, tmp_path: Path) -> Iterator[Tracer]:
+    """A tracer that is killed if the block does not stop it."""
+    output = Path(tempfile.mkstemp(dir=tmp_path, suffix=".jsonl")[1])
+    tracer = Tracer(*arguments, output=output)
+    try:
+        yield tracer
+    finally:
+        if tracer.process.poll() is None:
+            tracer.process.kill()
+            tracer.process.communicate()
+
+
+class Exchange(NamedTuple):
+    """One question and its answer, as tcpdump saw them on one device."""
+
+    id: int
+    name: str
+    type: str
+    rcode: str | None
+    query_s: float
+    latency_s: float | None
+
+
+@contextmanager
+def capturing(lab: Lab, pod: str, tmp_path: Path) -> Iterator[Path]:
+    """tcpdump of port 53 on a pod's eth0, complete when the block ends."""
+    path = tmp_path / f"{pod.replace('/', '-')}.pcap"
+    argv = ["tcpdump", "-i", "eth0", "-w", str(path), "-U", "--immediate-mode", "-Z", "root",
+            "port", "53"]  # fmt: skip
+    tcpdump = lab.popen(pod, argv, stderr=subprocess.PIPE, text=True)
+    assert tcpdump.stderr
+    for line in tcpdump.stderr:
+        if "listening on" in line:
+            break
+    try:
+        yield path
+    finally:
+        time.sleep(0.3)
+        tcpdump.send_signal(signal.SIGINT)
+        _, said = tcpdump.communicate(timeout=10)
+        assert re.search(r"^0 packets dropped by kernel", said, re.MULTILINE), said
+
+
+def exchanges(pcap: Path) -> list[Exchange]:
+    """Queries and their answers in a capture of UDP over IPv4 or IPv6 on Ethernet."""
+    queries: dict[tuple[bytes, int, int], tuple[float, dns.message.Message]] = {}
+    done = []
+    for time_s, frame in packets(pcap):
+        ethertype = frame[12:14]
+        if ethertype == b"\x08\x00":
+            header = (frame[14] & 15) * 4
+            source, target = frame[26:30], frame[30:34]
+        else:
+            header = 40
+            source, target = frame[22:38], frame[38:54]
+        udp = frame[14 + header :]
+        sport, dport = struct.unpack("!HH", udp[:4])
+        message = dns.message.from_wire(udp[8:], ignore_trailing=True)
+        if dport == 53:
+            queries[source, sport, message.id] = (time_s, message)
+        else:
+            sent_s, query = queries.pop((target, dport, message.id))
+            question = query.question[0]
+            done.append(
+                Exchange(
+                    message.id,
+                    question.name.to_text(),
+                    dns.rdatatype.to_text(question.rdtype),
+                    dns.rcode.to_text(message.rcode()),
+                    sent_s,
+                    time_s - sent_s,
+                )
+            )
+    for sent_s, query in queries.values():
+        question = query.question[0]
+        done.append(
+            Exchange(
+                query.id,
+                question.name.to_text(),
+                dns.rdatatype.to_text(question.rdtype),
+                None,
+                sent_s,
+                None,
+            )
+        )
+    return sorted(done, key=lambda exchange: exchange.query_s)
+
+
+def packets(pcap: Path) -> Iterator[tuple[float, bytes]]:
+    """(seconds, frame) of a classic pcap file."""
+    data = pcap.read_bytes()
+    (magic,) = struct.unpack("=I", data[:4])
+    assert magic == 0xA1B2C3D4
+    at = 24
+    while at < len(data):
+        seconds, micros, length, _ = struct.unpack("=IIII", data[at : at + 16])
+        yield seconds + micros / 1e6, data[at + 16 : at + 16 + length]
+        at += 16 + length
+
+
+def conntrack_backends(lab: Lab, node: str) -> dict[tuple[str, int], str]:
+    """(client address, client port) to who answers it, as `conntrack -L` says."""
+    listed = lab.node_exec(node, ["conntrack", "-L", "-p", "udp", "--dport", "53"]).stdout
+    backends = {}
+    for line in listed.splitlines():
+        sources = re.findall(r"src=(\S+)", line)
+        ports = re.findall(r"sport=(\d+)", line)
+        if len(sources) == 2:
+            backends[sources[0], int(ports[0])] = sources[1]
+    return backends
+
+
+def our_programs() -> list[str]:
+    """Names of loaded BPF programs that are dnstrace's."""
+    listed = json.loads(subprocess.check_output(["bpftool", "--json", "prog", "list"]))
+    return [p["name"] for p in listed if p.get("name", "").startswith("dnstrace")]

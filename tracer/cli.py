@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`dnstrace`: wires the stages together, and turns what goes wrong into one line and a status."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import sys
+from pathlib import Path
+
+from tracer import arguments
+from tracer.run import say
+
+OK, FAILED, USAGE, UNSUPPORTED = 0, 1, 2, 3
+_RUNTIME_PODS = Path("/run/dnstrace-lab/pods.json")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs a command line; returns the exit status."""
+    args = arguments.parse(sys.argv[1:] if argv is None else argv)
+    try:
+        if args.command == "lab":
+            from tracer.lab import cli as lab  # noqa: PLC0415 - each command loads its own
+
+            return lab.main(args)
+        if args.command == "doctor":
+            from tracer import doctor  # noqa: PLC0415
+
+            return doctor.main()
+        return _trace(args)
+    except BrokenPipeError:  # whoever read our output has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return OK
+    except KeyboardInterrupt:
+        return OK
+
+
+def _trace(args: argparse.Namespace) -> int:
+    from tracer.cluster import pods_file  # noqa: PLC0415
+    from tracer.cluster.identities import Identities  # noqa: PLC0415
+    from tracer.cluster.model import Inventory  # noqa: PLC0415
+    from tracer.filters import Filters  # noqa: PLC0415
+    from tracer.kernel import netns  # noqa: PLC0415
+    from tracer.kernel.session import Limits, Selection, Session, Unsupported  # noqa: PLC0415
+    from tracer.run import Stop, Totals, Trace  # noqa: PLC0415
+
+    filters = Filters(
+        namespaces=tuple(args.namespace),
+        pods=tuple(args.pod),
+        container=args.container,
+        pid=args.pid,
+        comm=args.comm,
+        name=args.name,
+        type=args.type,
+        rcode=args.rcode,
+        failed=args.failed,
+        slower=args.slower,
+        server=args.server,
+        backend=args.backend,
+        side=args.side,
+    )
+    try:
+        keep = filters.predicate()
+        inventory = pods_file.load(args.pods) if args.pods else Inventory()
+    except (ValueError, pods_file.PodsFileError) as error:
+        say(str(error))
+        return USAGE
+    if os.geteuid() != 0:
+        say("tracing needs root: run 'sudo dnstrace', or see 'dnstrace doctor'")
+        return UNSUPPORTED
+
+    session: Session | None = None
+    identities = Identities(
+        inventory,
+        netns.cgroup2_root(),
+        lambda netns, ifindex: session.devices.find(netns, ifindex) if session else None,
+    )
+    wrong = _unknown_pods(args, identities)
+    if wrong:
+        say(wrong)
+        return USAGE
+    stop = Stop(args.duration)
+    try:
+        session = Session.open(
+            _selection(args, identities, Selection),
+            Limits(slots=args.max_in_flight),
+            None if args.hooks == "auto" else args.hooks,
+        )
+    except Unsupported as error:
+        say(str(error))
+        return UNSUPPORTED
+    try:
+        say(_armed(session, args))
+        from tracer.output import make_output  # noqa: PLC0415 - while nothing waits for it
+
+        output = make_output(args)
+        trace = Trace(
+            session, identities, keep, output, args.timeout, args.count, Totals(), output.count
+        )
+        trace.run(stop)
+        output.finish(session, trace.totals)
+    finally:
+        session.close()
+    return OK
+
+
+def _selection(args, identities, selection_type):  # type: ignore[no-untyped-def]
+    """What the kernel itself can filter by; the rest is filtered afterwards."""
+    ports = tuple(args.port or (53,))
+    by_pod = bool(args.namespace or args.pod)
+    if args.side == "server":
+        return selection_type(ports=ports, pid=args.pid)
+    if not by_pod:
+        return selection_type(ports=ports, pid=args.pid)
+    pods = identities.matching(args.namespace, args.pod)
+    netns, cgroups = identities.select(pods)
+    return selection_type(
+        ports=ports, netns=netns, cgroup_ids=cgroups, pid=args.pid, only_selected=True
+    )
+
+
+def _unknown_pods(args: argparse.Namespace, identities) -> str | None:  # type: ignore[no-untyped-def]
+    """What is wrong with --namespace and --pod, in one line."""
+    if not args.namespace and not args.pod:
+        return None
+    pods = identities.inventory.pods
+    if not pods:
+        hint = f" (the lab's is {_RUNTIME_PODS})" if _RUNTIME_PODS.exists() else ""
+        return f"--namespace and --pod need to know the pods: give --pods FILE{hint}"
+    for namespace in args.namespace:
+        known = sorted({pod.namespace for pod in pods})
+        if namespace not in known:
+            return f"no pod is in namespace {namespace!r}{_near(namespace, known)}"
+    for glob in args.pod:
+        if not identities.matching(args.namespace, [glob]):
+            known = sorted(
+                {p.name for p in pods if not args.namespace or p.namespace in args.namespace}
+            )
+            return f"no pod is called {glob!r}{_near(glob, known)}"
+    return None
+
+
+def _near(name: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=3)
+    return f"; did you mean {', '.join(near)}?" if near else f"; there are: {', '.join(known[:10])}"
+
+
+def _armed(session, args: argparse.Namespace) -> str:  # type: ignore[no-untyped-def]
+    devices, namespaces = session.devices.count(), len(session.devices.namespaces())
+    ports = ", ".join(map(str, args.port or (53,)))
+    until = "" if args.duration else "; Ctrl-C ends"
+    return (
+        f"tracing UDP port {ports} at sockets ({session.hooks} hooks) and {devices} devices "
+        f"in {namespaces} network namespace{'s' if namespaces != 1 else ''}{until}"
+    )

@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where a trace goes: a live table, waterfalls, or JSON lines; and the summary that ends it."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+from collections.abc import Iterable
+from typing import Protocol
+
+from tracer.export import jsonl
+from tracer.kernel.session import Session
+from tracer.run import Totals, losses
+from tracer.transaction import Lookup, Transaction
+
+
+class Output(Protocol):
+    """One way of showing a trace."""
+
+    def write(self, items: Iterable[Transaction | Lookup]) -> None:
+        """Shows a batch."""
+
+    def count(self, t: Transaction) -> None:
+        """Takes a transaction into the summary."""
+
+    def finish(self, session: Session, totals: Totals) -> None:
+        """Shows the summary."""
+
+
+def make_output(args: argparse.Namespace) -> Output:
+    """The output that the command line asks for."""
+    if args.json:
+        return JsonOutput()
+    return TextOutput(waterfalls=args.command == "path")
+
+
+class JsonOutput:
+    """JSON lines on stdout, the summary as the last of them; losses in words on stderr."""
+
+    def write(self, items: Iterable[Transaction | Lookup]) -> None:
+        """Writes a batch in one go."""
+        lines = [
+            jsonl.lookup(item) if isinstance(item, Lookup) else jsonl.transaction(item)
+            for item in items
+        ]
+        sys.stdout.buffer.write(b"".join(lines))
+        sys.stdout.buffer.flush()
+
+    def count(self, t: Transaction) -> None:
+        """Nothing: the summary's figures are the trace's."""
+
+    def finish(self, session: Session, totals: Totals) -> None:
+        """The summary line."""
+        lost, unmatched = losses(session, totals)
+        sys.stdout.buffer.write(
+            jsonl.summary(
+                transactions=totals.transactions,
+                lookups=totals.lookups,
+                duration_ns=totals.duration_ns,
+                lost=lost,
+                unmatched=unmatched,
+            )
+        )
+        sys.stdout.buffer.flush()
+        from tracer.show import summary  # noqa: PLC0415
+
+        for line in summary.losses(lost, unmatched):
+            sys.stderr.write(f"dnstrace: {line}\n")
+
+
+class TextOutput:
+    """For people: lines or waterfalls on stdout, the summary on stderr."""
+
+    def __init__(self, *, waterfalls: bool) -> None:
+        from tracer.show.live import LiveTable  # noqa: PLC0415
+        from tracer.show.summary import Summary  # noqa: PLC0415
+
+        self._waterfalls = waterfalls
+        self._table = LiveTable(sys.stdout)
+        self._summary = Summary()
+        self.count = self._summary.add
+
+    def write(self, items: Iterable[Transaction | Lookup]) -> None:
+        """Writes a batch in one go."""
+        if not self._waterfalls:
+            self._table.write(items)
+            return
+        from tracer.show import path  # noqa: PLC0415
+
+        width = shutil.get_terminal_size((80, 24)).columns
+        for item in items:
+            if isinstance(item, Transaction):
+                sys.stdout.write(path.render(item, width) + "\n\n")
+        sys.stdout.flush()
+
+    def finish(self, session: Session, totals: Totals) -> None:
+        """The summary, in words."""
+        lost, unmatched = losses(session, totals)
+        sys.stdout.flush()
+        sys.stderr.write(
+            self._summary.render(
+                lookups=totals.lookups,
+                duration_ns=totals.duration_ns,
+                lost=lost,
+                unmatched=unmatched,
+            )
+            + "\n"
+        )

@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The live trace: from records to what is shown, until somebody or something ends it.
+
+    ring ─▶ assemble ─▶ name ─▶ filter ─▶ group into lookups ─▶ show
+
+One thread does all of it, a batch at a time. A signal only asks it to stop, so that the summary
+is always the last line and always whole.
+"""
+
+from __future__ import annotations
+
+import gc
+import select
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from types import FrameType
+from typing import Protocol
+
+from tracer.assemble import Assembler
+from tracer.cluster.identities import Identities
+from tracer.cluster.resolvers import Resolvers
+from tracer.correlate.lookups import Lookups
+from tracer.kernel.session import Session
+from tracer.kernel.symbols import kernel_symbol
+from tracer.record import Counter
+from tracer.transaction import Lookup, Transaction
+
+# How long records may lie in the ring: short when there are many, so that it does not run full.
+_IDLE_WAIT_S = 0.05
+_BUSY_WAIT_S = 0.01
+_BUSY_FILL = 0.1
+_SWEEP_NS = 250_000_000
+_GC_THRESHOLD = 50_000
+
+
+class Output(Protocol):
+    """Where transactions and lookups go, batch by batch."""
+
+    def write(self, items: Iterable[Transaction | Lookup]) -> None: ...
+
+
+@dataclass(slots=True)
+class Totals:
+    """What the summary tells."""
+
+    transactions: int = 0
+    lookups: int = 0
+    filtered: int = 0
+    unanswered_at_end: int = 0
+    hops_lost: int = 0
+    duration_ns: int = 0
+
+
+class Stop:
+    """Becomes true on SIGINT or SIGTERM, or when the time is up; waiting for it is cut short."""
+
+    def __init__(self, duration_ns: int | None) -> None:
+        self._wakes, self._woken = socket.socketpair()
+        self._woken.setblocking(False)
+        self._requested = False
+        self._duration_ns = duration_ns
+        self._end_s: float | None = None
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._request)
+        signal.set_wakeup_fd(self._woken.fileno(), warn_on_full_buffer=False)
+
+    def _request(self, _number: int, _frame: FrameType | None) -> None:
+        self._requested = True
+
+    def start(self) -> None:
+        """The time that is allowed begins now."""
+        if self._duration_ns:
+            self._end_s = time.monotonic() + self._duration_ns / 1e9
+
+    def now(self) -> bool:
+        """Whether to stop."""
+        return self._requested or (self._end_s is not None and time.monotonic() >= self._end_s)
+
+    def wait(self, seconds: float) -> None:
+        """Sleeps, at most until it is time to stop."""
+        if self._end_s is not None:
+            seconds = min(seconds, max(0.0, self._end_s - time.monotonic()))
+        select.select([self._wakes], [], [], seconds)
+
+
+@dataclass(slots=True)
+class Trace:
+    """A trace under way. `keep` is the user's filter; `count` how many transactions to show."""
+
+    session: Session
+    identities: Identities
+    keep: Callable[[Transaction], bool]
+    output: Output
+    timeout_ns: int
+    count: int | None
+    totals: Totals
+    on_transaction: Callable[[Transaction], None]
+
+    def run(self, stop: Stop) -> None:
+        """Traces until `stop`, then reports what is still waiting."""
+        # What is there now stays; short-lived records need no search for cycles.
+        gc.freeze()
+        gc.set_threshold(_GC_THRESHOLD)
+        stop.start()
+        started_ns = time.monotonic_ns()
+        assembler = Assembler(self.identities, self.session.built.drop_reasons, kernel_symbol)
+        resolvers = Resolvers(self.identities.cgroups_of)
+        lookups = Lookups()
+        next_sweep_ns = 0
+        while not stop.now() and not self._enough():
+            now_ns = time.monotonic_ns()
+            for batch in self.session.read():
+                self._take(assembler.assemble(batch), lookups, resolvers)
+            if now_ns >= next_sweep_ns:
+                next_sweep_ns = now_ns + _SWEEP_NS
+                expired = self.session.table.expire(now_ns - self.timeout_ns)
+                self._take(assembler.assemble(expired), lookups, resolvers)
+                self._show(lookups.expire(time.time_ns()))
+            busy = self.session.fill() > _BUSY_FILL
+            stop.wait(_BUSY_WAIT_S if busy else _IDLE_WAIT_S)
+        self.session.detach()
+        for batch in self.session.read():
+            self._take(assembler.assemble(batch), lookups, resolvers)
+        while len(waiting := self.session.table.expire(time.monotonic_ns())):
+            self.totals.unanswered_at_end += len(waiting)
+            self._take(assembler.assemble(waiting), lookups, resolvers)
+        self._show(lookups.flush())
+        self.totals.duration_ns = time.monotonic_ns() - started_ns
+
+    def _enough(self) -> bool:
+        return self.count is not None and self.totals.transactions >= self.count
+
+    def _take(
+        self, transactions: Iterable[Transaction], lookups: Lookups, resolvers: Resolvers
+    ) -> None:
+        items: list[Transaction | Lookup] = []
+        for t in transactions:
+            if not self.keep(t):
+                self.totals.filtered += 1
+                continue
+            if self._enough():
+                break
+            self.totals.transactions += 1
+            self.on_transaction(t)
+            items.append(t)
+            found = lookups.feed(t, resolvers.of(t.client), t.time_ns)
+            self.totals.lookups += len(found)
+            items += found
+        if items:
+            self.output.write(items)
+
+    def _show(self, found: list[Lookup]) -> None:
+        self.totals.lookups += len(found)
+        if found:
+            self.output.write(found)
+
+
+def losses(session: Session, totals: Totals) -> tuple[dict[str, int], dict[str, int]]:
+    """The summary's `lost` and `unmatched`: what was seen, but is in no transaction."""
+    counters = session.counters()
+    lost = {
+        "ring_full": counters[Counter.RING_FULL],
+        "table_full": counters[Counter.TABLE_FULL] + session.table.leaked,
+        "undecodable": counters[Counter.UNDECODABLE],
+        "filtered": counters[Counter.FILTERED] + totals.filtered,
+        "preempted": counters[Counter.PREEMPTED],
+        "hops": counters[Counter.HOPS_LOST],
+        "devices": session.devices.failures,
+    }
+    unmatched = {
+        "responses": counters[Counter.UNMATCHED_RESPONSES],
+        "queries": totals.unanswered_at_end,
+    }
+    return lost, unmatched
+
+
+def say(message: str) -> None:
+    """One line for the person at the terminal."""
+    sys.stderr.write(f"dnstrace: {message}\n")
+    sys.stderr.flush()
