@@ -10,9 +10,11 @@ from __future__ import annotations
 import functools
 
 from rich.cells import cell_len, set_cell_size
+from rich.style import Style
 
 TEXT_MAX = 253  # of what others name: the longest DNS name that Kubernetes allows
 ELLIPSIS = "…"
+_ASCII = str.maketrans("→←…µ└—━╸█✗", "><~u`-=-#x")
 _REMEMBERED = 4096
 
 
@@ -62,6 +64,27 @@ def fit_name(name: str, width: int) -> str:
 def shorten(text: str, width: int) -> str:
     """At most `width` cells, both ends kept."""
     return text if cell_len(text) <= width else _fit(text, width).rstrip()
+
+
+def encodable(text: str, encoding: str) -> str:
+    """The text, in ASCII where the encoding has no letters for what this package draws."""
+    if text.isascii() or _draws(encoding):
+        return text
+    return text.translate(_ASCII).encode("ascii", "backslashreplace").decode("ascii")
+
+
+def ansi(style: str, *, color: bool) -> tuple[str, str]:
+    """What turns a style on, and off again; nothing without colour."""
+    if not color:
+        return "", ""
+    on, _, off = Style.parse(style).render("\n").partition("\n")
+    return on, off
+
+
+@functools.lru_cache(maxsize=8)
+def _draws(encoding: str) -> bool:
+    # A pod's name can have any letter, so only what has them all will do.
+    return encoding.lower().replace("-", "").replace("_", "").startswith("utf")
 
 
 @functools.lru_cache(maxsize=_REMEMBERED)

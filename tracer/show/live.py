@@ -21,9 +21,8 @@ import time
 from typing import TYPE_CHECKING, NamedTuple, TextIO
 
 from rich.console import Console
-from rich.style import Style
 
-from tracer.show.cells import address, clean, duration, fit, fit_name
+from tracer.show.cells import address, ansi, clean, duration, encodable, fit, fit_name
 from tracer.transaction import Lookup
 
 if TYPE_CHECKING:
@@ -45,7 +44,6 @@ _HOPS_WIDTH = 4
 _BOTH_SERVERS_WIDTH = 22
 _LOOKUP_FACTS_WIDTH = 54  # of what is said about a lookup beside its question
 _HEADER_EVERY_MIN = 10
-_ASCII = str.maketrans({"→": ">", "…": "~", "µ": "u", "└": "`", "—": "-"})
 _NO_ANSWERS = b"\0\0"
 _FAILURES = {"SERVFAIL", "REFUSED", "FORMERR", "NOTIMP", "timeout", "dropped", "refused"}
 _DISAPPOINTMENTS = {"NXDOMAIN", "NODATA", "TC"}
@@ -79,11 +77,11 @@ class LiveTable:
         self._terminal = width is not None or self._console.is_terminal
         if color is None:
             color = self._console.is_terminal and not self._console.no_color
-        self._bad = _ansi("red", color=color)
-        self._warn = _ansi("yellow", color=color)
-        self._bold = _ansi("bold", color=color)
-        self._dim = _ansi("dim", color=color)
-        self._ascii = not _can_write(stream, "→…µ└—")
+        self._bad = ansi("red", color=color)
+        self._warn = ansi("yellow", color=color)
+        self._bold = ansi("bold", color=color)
+        self._dim = ansi("dim", color=color)
+        self._encoding = getattr(stream, "encoding", None) or "utf-8"
         self._second = -1
         self._time = ""
         self._lines_to_header = 0
@@ -231,9 +229,7 @@ class LiveTable:
         return color[0] + self._encodable(text) + color[1]
 
     def _encodable(self, text: str) -> str:
-        if not self._ascii:
-            return text
-        return text.translate(_ASCII).encode("ascii", "backslashreplace").decode("ascii")
+        return encodable(text, self._encoding)
 
 
 def _layout(width: int) -> _Layout:
@@ -302,19 +298,3 @@ def _status(t: Transaction) -> str:
 
 def _field(text: str) -> str:
     return text.replace(" ", "_") if " " in text else text
-
-
-def _ansi(style: str, *, color: bool) -> tuple[str, str]:
-    """What turns a style on, and off again."""
-    if not color:
-        return "", ""
-    on, _, off = Style.parse(style).render("\n").partition("\n")
-    return on, off
-
-
-def _can_write(stream: TextIO, text: str) -> bool:
-    try:
-        text.encode(getattr(stream, "encoding", None) or "utf-8")
-    except (UnicodeEncodeError, LookupError):
-        return False
-    return True
