@@ -213,7 +213,7 @@ def _compile(macros: Mapping[str, int]) -> tuple[dict[str, bytes], list[int]]:
     from bcc.libbcc import lib  # noqa: PLC0415
 
     flags = [f"-D{name}={value}" for name, value in macros.items()]
-    module = BPF(text=source_text(), cflags=["-Wno-unknown-warning-option", *flags])
+    module = BPF(text=source_text().encode(), cflags=["-Wno-unknown-warning-option", *flags])
     fds = [lib.bpf_table_fd(module.module, name.encode()) for name in MAPS]
     numbers = {fd: number for number, fd in enumerate(fds)}
     instructions = {
