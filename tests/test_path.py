@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 
 import pytest
@@ -10,9 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.cells import cell_len
 
-from tests.samples import COREDNS, HOPS, WEB, transaction
-from tracer.show.path import render
-from tracer.transaction import Client, Hop, Nat, Transaction
+from tests.samples import COREDNS, HOPS, START_NS, WEB, transaction
+from tracer.show.path import PathView, render
+from tracer.transaction import Client, Hop, Lookup, Nat, Transaction
+
+LOOKUP = Lookup(START_NS, WEB, "www.example.com", (), 1, 1, 0, 1, 0, "NOERROR", None, (1,))
 
 
 @pytest.fixture(autouse=True)
@@ -196,6 +199,15 @@ def test_colour_is_only_added() -> None:
         colored = render(t, 80, color=True)
         assert "\x1b[" in colored
         assert re.sub(r"\x1b\[[\d;]*m", "", colored) == render(t, 80)
+
+
+def test_view_writes_a_batch_of_transactions_for_its_stream() -> None:
+    stream = io.StringIO()
+    PathView(stream, 80).write([transaction(), LOOKUP, transaction()])
+    assert stream.getvalue() == (render(transaction(), 80) + "\n\n") * 2
+    raw = io.BytesIO()
+    PathView(io.TextIOWrapper(raw, encoding="ascii")).write([transaction()])
+    assert "> egress  eth0" in raw.getvalue().decode("ascii")
 
 
 hostile = st.text(max_size=300)

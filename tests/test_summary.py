@@ -50,6 +50,7 @@ LOSSES = {
     ),
     ("undecodable", 2): "2 DNS messages not readable",
     ("filtered", 3): "3 queries left out by the filters",
+    ("devices", 1): "1 device not watched, so hops there are missing",
     ("something_else", 4_000): "something else: 4,000",
 }  # fmt: skip
 

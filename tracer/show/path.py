@@ -11,18 +11,22 @@ from __future__ import annotations
 import itertools
 import textwrap
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
-from tracer.show.cells import address, ansi, clean, duration, fit, fit_name, shorten
+from rich.console import Console
+
+from tracer.show.cells import address, ansi, clean, duration, encodable, fit, fit_name, shorten
+from tracer.transaction import Transaction
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
-    from tracer.transaction import Address, Backend, Client, Hop, Nat, Transaction
+    from tracer.transaction import Address, Backend, Client, Hop, Lookup, Nat
 
 NS_PER_S = 1_000_000_000
 
 _WIDTH_MIN = 80
+_PIPED_WIDTH = 120
 _TIME_WIDTH = 7
 _KIND_WIDTH = 9  # arrow, space, kind
 _DEVICE_WIDTH = 15  # IFNAMSIZ without the zero byte
@@ -30,6 +34,33 @@ _BAR_WIDTH = 12
 _OWNER_WIDTH = _WIDTH_MIN - 2 * _TIME_WIDTH - _BAR_WIDTH - _KIND_WIDTH - _DEVICE_WIDTH - 7
 _NOTE_INDENT = " " * (2 * _TIME_WIDTH + 4)
 _ARROWS = {"query": "→", "response": "←"}
+
+
+class PathView:
+    """Waterfalls for one stream. `width` and `color` override what is found out about it."""
+
+    def __init__(self, stream: TextIO, width: int | None = None, color: bool | None = None) -> None:
+        self._stream = stream
+        self._console = Console(file=stream)
+        self._width = width
+        self._encoding = getattr(stream, "encoding", None) or "utf-8"
+        if color is None:
+            color = self._console.is_terminal and not self._console.no_color
+        self._color = color
+
+    def write(self, items: Iterable[Transaction | Lookup]) -> None:
+        """Writes a batch in one go, a blank line after each; lookups are left to the live view."""
+        width = self._width
+        if width is None:
+            width = self._console.width if self._console.is_terminal else _PIPED_WIDTH
+        shown = "".join(
+            render(item, width, color=self._color) + "\n\n"
+            for item in items
+            if isinstance(item, Transaction)
+        )
+        if shown:
+            self._stream.write(encodable(shown, self._encoding))
+            self._stream.flush()
 
 
 def render(t: Transaction, width: int, *, color: bool = False) -> str:

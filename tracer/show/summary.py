@@ -34,6 +34,8 @@ _LOSSES = {
     "table_full": ("query", "not followed, since too many were in flight; raise --max-in-flight"),
     "undecodable": ("DNS message", "not readable"),
     "filtered": ("query", "left out by the filters"),
+    "preempted": ("packet", "not looked at, since the kernel was busy with another one"),
+    "devices": ("device", "not watched, so hops there are missing"),
     "hops": ("hop", "not recorded, since the path was longer than there is room for"),
     "lookups": ("lookup", "cut short, since too many were open; the waste is counted too low"),
 }
@@ -143,7 +145,12 @@ def losses(lost: Mapping[str, int], unmatched: Mapping[str, int]) -> list[str]:
     return [*_losses(lost, _LOSSES), *_losses(unmatched, _UNMATCHED)]
 
 
-def _losses(counts: Mapping[str, int], words: Mapping[str, tuple[str, str]]) -> Iterator[str]:
+def losses(lost: Mapping[str, int], unmatched: Mapping[str, int]) -> list[str]:
+    """What is missing, each in a line of any length; of what is not missing nothing."""
+    return [*_in_words(lost, _LOSSES), *_in_words(unmatched, _UNMATCHED)]
+
+
+def _in_words(counts: Mapping[str, int], words: Mapping[str, tuple[str, str]]) -> Iterator[str]:
     for name, count in counts.items():
         if count and name in words:
             what, fate = words[name]
