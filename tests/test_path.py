@@ -206,7 +206,8 @@ def test_view_writes_a_batch_of_transactions_for_its_stream() -> None:
     PathView(stream, 80).write([transaction(), LOOKUP, transaction()])
     assert stream.getvalue() == (render(transaction(), 80) + "\n\n") * 2
     raw = io.BytesIO()
-    PathView(io.TextIOWrapper(raw, encoding="ascii")).write([transaction()])
+    ascii_only = io.TextIOWrapper(raw, encoding="ascii")
+    PathView(ascii_only).write([transaction()])
     assert "> egress  eth0" in raw.getvalue().decode("ascii")
 
 

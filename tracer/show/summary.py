@@ -141,11 +141,6 @@ def _counted(count: int, what: str) -> str:
 
 
 def losses(lost: Mapping[str, int], unmatched: Mapping[str, int]) -> list[str]:
-    """A sentence for each kind of loss that there was."""
-    return [*_losses(lost, _LOSSES), *_losses(unmatched, _UNMATCHED)]
-
-
-def losses(lost: Mapping[str, int], unmatched: Mapping[str, int]) -> list[str]:
     """What is missing, each in a line of any length; of what is not missing nothing."""
     return [*_in_words(lost, _LOSSES), *_in_words(unmatched, _UNMATCHED)]
 
