@@ -65,9 +65,12 @@ class Table:
         return np.frombuffer(b"".join(ended), TRANSACTION)
 
     def _claim(self, slot: np.void) -> bool:
-        flows = slot["flows"][: slot["nflows"]]
-        dns_id, variant = slot["dns_id"].tobytes(), int(slot["variant"])
-        names = [(flow["client_addr"].tobytes(), flow["client_port"].tobytes()) for flow in flows]
+        # NumPy's scalars are in host byte order, whatever the order of the array.
+        dns_id, variant = int(slot["dns_id"]).to_bytes(2, "big"), int(slot["variant"])
+        names = [
+            (flow["client_addr"].tobytes(), int(flow["client_port"]).to_bytes(2, "big"))
+            for flow in slot["flows"][: slot["nflows"]]
+        ]
         if not bpf.map_delete(self._index, _KEY.pack(*names[0], dns_id, variant)):
             return False
         for name in set(names[1:]) - {names[0]}:
