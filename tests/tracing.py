@@ -196,3 +196,11 @@ def our_programs() -> list[str]:
     """Names of loaded BPF programs that are dnstrace's."""
     listed = json.loads(subprocess.check_output(["bpftool", "--json", "prog", "list"]))
     return [p["name"] for p in listed if p.get("name", "").startswith("dnstrace")]
+
+
+def our_links() -> int:
+    """How many BPF links attach dnstrace's programs."""
+    programs = json.loads(subprocess.check_output(["bpftool", "--json", "prog", "list"]))
+    ours = {p["id"] for p in programs if p.get("name", "").startswith("dnstrace")}
+    links = json.loads(subprocess.check_output(["bpftool", "--json", "link", "list"]))
+    return sum(link["prog_id"] in ours for link in links)

@@ -95,9 +95,7 @@ def _trace(args: argparse.Namespace) -> int:
         from tracer.output import make_output  # noqa: PLC0415 - while nothing waits for it
 
         output = make_output(args)
-        trace = Trace(
-            session, identities, keep, output, args.timeout, args.count, Totals(), output.count
-        )
+        trace = Trace(session, identities, keep, output, args.timeout, args.count, Totals())
         trace.run(stop)
         output.finish(session, trace.totals)
     finally:

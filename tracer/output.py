@@ -6,7 +6,7 @@ from __future__ import annotations
 import argparse
 import shutil
 import sys
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Protocol
 
 from tracer.export import jsonl
@@ -18,11 +18,8 @@ from tracer.transaction import Lookup, Transaction
 class Output(Protocol):
     """One way of showing a trace."""
 
-    def write(self, items: Iterable[Transaction | Lookup]) -> None:
+    def write(self, items: Sequence[Transaction | Lookup]) -> None:
         """Shows a batch."""
-
-    def count(self, t: Transaction) -> None:
-        """Takes a transaction into the summary."""
 
     def finish(self, session: Session, totals: Totals) -> None:
         """Shows the summary."""
@@ -38,7 +35,7 @@ def make_output(args: argparse.Namespace) -> Output:
 class JsonOutput:
     """JSON lines on stdout, the summary as the last of them; losses in words on stderr."""
 
-    def write(self, items: Iterable[Transaction | Lookup]) -> None:
+    def write(self, items: Sequence[Transaction | Lookup]) -> None:
         """Writes a batch in one go."""
         lines = [
             jsonl.lookup(item) if isinstance(item, Lookup) else jsonl.transaction(item)
@@ -46,9 +43,6 @@ class JsonOutput:
         ]
         sys.stdout.buffer.write(b"".join(lines))
         sys.stdout.buffer.flush()
-
-    def count(self, t: Transaction) -> None:
-        """Nothing: the summary's figures are the trace's."""
 
     def finish(self, session: Session, totals: Totals) -> None:
         """The summary line."""
@@ -79,10 +73,14 @@ class TextOutput:
         self._waterfalls = waterfalls
         self._table = LiveTable(sys.stdout)
         self._summary = Summary()
-        self.count = self._summary.add
 
-    def write(self, items: Iterable[Transaction | Lookup]) -> None:
+    def write(self, items: Sequence[Transaction | Lookup]) -> None:
         """Writes a batch in one go."""
+        for item in items:
+            if isinstance(item, Lookup):
+                self._summary.add_lookup(item)
+            else:
+                self._summary.add(item)
         if not self._waterfalls:
             self._table.write(items)
             return
@@ -98,12 +96,4 @@ class TextOutput:
         """The summary, in words."""
         lost, unmatched = losses(session, totals)
         sys.stdout.flush()
-        sys.stderr.write(
-            self._summary.render(
-                lookups=totals.lookups,
-                duration_ns=totals.duration_ns,
-                lost=lost,
-                unmatched=unmatched,
-            )
-            + "\n"
-        )
+        sys.stderr.write(self._summary.text(totals.duration_ns, lost, unmatched) + "\n")

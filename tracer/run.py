@@ -15,7 +15,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from types import FrameType
 from typing import Protocol
@@ -40,7 +40,7 @@ _GC_THRESHOLD = 50_000
 class Output(Protocol):
     """Where transactions and lookups go, batch by batch."""
 
-    def write(self, items: Iterable[Transaction | Lookup]) -> None: ...
+    def write(self, items: Sequence[Transaction | Lookup]) -> None: ...
 
 
 @dataclass(slots=True)
@@ -51,7 +51,7 @@ class Totals:
     lookups: int = 0
     filtered: int = 0
     unanswered_at_end: int = 0
-    hops_lost: int = 0
+    lookups_cut_short: int = 0
     duration_ns: int = 0
 
 
@@ -98,7 +98,6 @@ class Trace:
     timeout_ns: int
     count: int | None
     totals: Totals
-    on_transaction: Callable[[Transaction], None]
 
     def run(self, stop: Stop) -> None:
         """Traces until `stop`, then reports what is still waiting."""
@@ -129,6 +128,7 @@ class Trace:
             self.totals.unanswered_at_end += len(waiting)
             self._take(assembler.assemble(waiting), lookups, resolvers)
         self._show(lookups.flush())
+        self.totals.lookups_cut_short = lookups.evicted
         self.totals.duration_ns = time.monotonic_ns() - started_ns
 
     def _enough(self) -> bool:
@@ -138,6 +138,7 @@ class Trace:
         self, transactions: Iterable[Transaction], lookups: Lookups, resolvers: Resolvers
     ) -> None:
         items: list[Transaction | Lookup] = []
+        now_ns = time.time_ns()
         for t in transactions:
             if not self.keep(t):
                 self.totals.filtered += 1
@@ -145,9 +146,8 @@ class Trace:
             if self._enough():
                 break
             self.totals.transactions += 1
-            self.on_transaction(t)
             items.append(t)
-            found = lookups.feed(t, resolvers.of(t.client), t.time_ns)
+            found = lookups.feed(t, resolvers.of(t.client), now_ns)
             self.totals.lookups += len(found)
             items += found
         if items:
@@ -169,6 +169,7 @@ def losses(session: Session, totals: Totals) -> tuple[dict[str, int], dict[str, 
         "filtered": counters[Counter.FILTERED] + totals.filtered,
         "preempted": counters[Counter.PREEMPTED],
         "hops": counters[Counter.HOPS_LOST],
+        "lookups": totals.lookups_cut_short,
         "devices": session.devices.failures,
     }
     unmatched = {

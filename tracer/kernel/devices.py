@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from tracer.kernel import netns, rtnetlink
+from tracer.kernel import netns, rcu, rtnetlink
 from tracer.kernel.rtnetlink import Link
 
 _ARPHRD_ETHER = 1
@@ -78,7 +78,8 @@ class Devices:
 
     def start(self) -> None:
         """Attaches to everything that is there, then follows changes in the background."""
-        self._scan()
+        with rcu.expedited():
+            self._scan()
         self._thread.start()
 
     def close(self) -> None:
@@ -89,8 +90,9 @@ class Devices:
         if self._thread.is_alive():
             os.write(self._stop_write, b"x")
             self._thread.join()
-        for namespace in list(self._namespaces.values()):
-            self._drop_namespace(namespace)
+        with rcu.expedited():
+            for namespace in list(self._namespaces.values()):
+                self._drop_namespace(namespace)
         os.close(self._stop_read)
         os.close(self._stop_write)
 
