@@ -207,8 +207,10 @@ def test_wasteful_lookup_fits_a_terminal() -> None:
     assert "8 queries, 6 wasted by ndots:5 (2.0 ms)" in shown.splitlines()[0]
 
 
-def test_lookup_without_waste_is_not_shown() -> None:
-    assert piped().lookup(WASTEFUL._replace(wasted=0)) is None
+def test_lookup_without_waste_is_shown_if_there_is_advice() -> None:
+    assert piped().lookup(WASTEFUL._replace(wasted=0, advice=None)) is None
+    lossy = WASTEFUL._replace(wasted=0, queries=4, latency_ns=5_003_149_139, advice="AAAA was lost")
+    assert piped().lookup(lossy) == "  └ www.li-rui.top: 4 queries, 5.00 s — AAAA was lost"
 
 
 def test_stream_that_knows_only_ascii_gets_only_ascii() -> None:

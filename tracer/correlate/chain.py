@@ -26,10 +26,13 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 from tracer.transaction import Lookup
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from tracer.transaction import Client, Transaction
 
 MEMBERS_MAX = 256
 RETRY_MIN_NS = 200_000_000  # no library asks again sooner, so these are two lookups
+SKEW_NS = 100_000  # by which times of one client may be wrong against each other
 ADDRESSES = "A+AAAA"
 
 _KUBERNETES = re.compile(r".+?\.([^.]+\.svc\.(?!.*\.svc\.)[^.]+\..+)")
@@ -148,15 +151,18 @@ class Chain:
         self.end_ns = first.end_ns
         self.due = 0  # for whoever keeps the time
 
-    def fit(self, query: Asked, gap_ns: int) -> Fit | None:
+    def fit(self, query: Asked, gap_ns: int, retry_ns: int) -> Fit | None:
         """How the query continues this chain, None if it does not."""
+        late_ns = query.start_ns - self.end_ns - gap_ns
         if (
             query.kind != self.kind
-            or query.start_ns > self.end_ns + gap_ns
             or query.end_ns < self.start_ns - gap_ns
             or len(self.members) >= MEMBERS_MAX
         ):
             return None
+        if late_ns > 0:
+            sent_again = late_ns <= retry_ns and self.lacks_family() and self._sends_again(query)
+            return Fit.AGAIN if sent_again else None
         if query.name in self.names:
             same = [m for m in self.members if m.name == query.name]
             twins = [m for m in same if m.type == query.type]
@@ -164,7 +170,9 @@ class Chain:
                 return Fit.PAIR
             return Fit.AGAIN if _is_retry(query, twins, same) else None
         if self.found or any(
-            m.end_ns > query.start_ns for m in self.members if m.outcome is not Outcome.NONE
+            m.end_ns - SKEW_NS > query.start_ns
+            for m in self.members
+            if m.outcome is not Outcome.NONE
         ):
             return None
         return Fit.NEXT if self._stems_after(query.name) else None
@@ -233,8 +241,17 @@ class Chain:
             latency_ns=self._latency_ns(useful),
             wasted_ns=wasted_ns,
             status=_status(useful),
-            advice=self._advice(question, final, wasted) if wasted else None,
+            advice="; ".join(self._advice(question, final, wasted)) or None,
             ids=tuple(m.dns_id for m in sorted(self.members, key=lambda m: m.start_ns)),
+        )
+
+    def _sends_again(self, query: Asked) -> bool:
+        """Whether this is an answered query once more: with the other family's answer missing,
+        glibc sends both again, and the loss is reported only after that.
+        """
+        return any(
+            (m.name, m.type, m.dns_id, m.port) == (query.name, query.type, query.dns_id, query.port)
+            for m in self.members
         )
 
     def _stems_after(self, name: str) -> set[str]:
@@ -292,18 +309,29 @@ class Chain:
             return None
         return max(m.end_ns for m in self.members if m.latency_ns is not None) - self.start_ns
 
-    def _advice(self, question: str, final: str, wasted: int) -> str:
-        misses = f"{wasted} of {len(self.members)} queries were search-list misses"
+    def _advice(self, question: str, final: str, wasted: int) -> Iterator[str]:
+        if wasted:
+            yield self._how_to_ask(question, final)
+            yield f"{wasted} of {len(self.members)} queries were search-list misses"
+        lost = {m.type for m in self.members if m.outcome is Outcome.NONE}
+        if (
+            self.kind == ADDRESSES
+            and len(lost) == 1
+            and any(m.type not in lost for m in self.members)
+        ):
+            yield (
+                f"{lost.pop()} was lost and the other address family was not, which may be"
+                " conntrack's race: set the option single-request-reopen or run NodeLocal DNSCache"
+            )
+
+    def _how_to_ask(self, question: str, final: str) -> str:
         dots = question.count(".")
         if self.found and len(final) > len(question):
-            return f"ask for {question}{final[len(question) :]}. (with a final dot); {misses}"
+            return f"ask for {question}{final[len(question) :]}. (with a final dot)"
         if not self.found and not dots:
-            return (
-                f"{question} is nowhere in the search list, so check the name and the namespace;"
-                f" {misses}"
-            )
+            return f"{question} is nowhere in the search list, so check the name and the namespace"
         ndots = " or set dnsConfig ndots:1" if dots and self.names[0] != question.lower() else ""
-        return f"ask for {question}. (with a final dot){ndots}; {misses}"
+        return f"ask for {question}. (with a final dot){ndots}"
 
 
 def _is_retry(query: Asked, twins: list[Asked], same: list[Asked]) -> bool:
@@ -311,7 +339,7 @@ def _is_retry(query: Asked, twins: list[Asked], same: list[Asked]) -> bool:
     if any(m.dns_id == query.dns_id for m in twins) and any(
         m.outcome is Outcome.NONE for m in (*same, query)
     ):
-        # With an answer missing, glibc asks for both families again, under the same ids.
+        # What is sent again keeps its id; what is asked anew has another.
         return True
     last = twins[-1]
     if last.outcome is Outcome.NONE:

@@ -127,7 +127,7 @@ class Lookups:
         fitting = [
             (fit, chain)
             for chain in itertools.islice(reversed(alike.values()), CANDIDATES_MAX)
-            if (fit := chain.fit(query, self._gap_ns)) is not None
+            if (fit := chain.fit(query, self._gap_ns, self._retry_ns)) is not None
         ]
         if len(fitting) < 2:
             return fitting[0][1] if fitting else None

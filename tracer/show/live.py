@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The live view: a line per transaction as it completes, and one per lookup that wasted queries.
+"""The live view: a line per transaction as it completes, and one per lookup that went badly.
 
 On a terminal the columns fit its width, long values are shortened in the middle, and a wide one
 shows more columns. Into a pipe go all values in full, the same columns always, no spaces in any of
@@ -150,17 +150,18 @@ class LiveTable:
         return self._encodable(" ".join(cells))
 
     def lookup(self, found: Lookup) -> str | None:
-        """What a lookup wasted and how to avoid that, indented; None where nothing was wasted."""
-        if not found.wasted:
+        """What a lookup wasted or lost and how to avoid that, indented; None if it is nothing."""
+        if not found.wasted and found.advice is None:
             return None
         question = found.question
         if self._terminal:
             question = fit_name(question, min(len(question), self._room() - _LOOKUP_FACTS_WIDTH))
-        by = "the search list" if found.ndots is None else f"ndots:{found.ndots}"
-        facts = (
-            f"  └ {question}: {found.queries} queries, {found.wasted} wasted by {by}"
-            f" ({duration(found.wasted_ns)})"
-        )
+        facts = f"  └ {question}: {found.queries} queries"
+        if found.wasted:
+            by = "the search list" if found.ndots is None else f"ndots:{found.ndots}"
+            facts += f", {found.wasted} wasted by {by} ({duration(found.wasted_ns)})"
+        elif found.latency_ns is not None:
+            facts += f", {duration(found.latency_ns)}"
         if found.advice is None:
             rows = [facts]
         elif self._terminal:
