@@ -21,7 +21,10 @@ from tracer import decode
 from tracer.cluster.resolvconf import ResolvConf
 from tracer.correlate.lookups import Lookups
 from tracer.export import jsonl
+from tracer.filters import Filters
+from tracer.show import path
 from tracer.show.live import LiveTable
+from tracer.show.summary import Summary
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -88,6 +91,15 @@ def showing() -> None:
     for what, width in (("piped", None), ("80 columns", 80), ("200 columns", 200)):
         table = LiveTable(io.StringIO(), width)
         show(f"live line, {what}", functools.partial(table.line, t))
+    show("waterfall, 80 columns", lambda: path.render(t, 80))
+    summary = Summary()
+    show("summary's counts", lambda: summary.add(t))
+
+
+def filtering() -> None:
+    t = transaction(NAME)
+    keep = Filters(namespaces=("default",), name="www.*", slower="5ms").predicate()
+    show("three filters", lambda: keep(t))
 
 
 def correlating() -> None:
@@ -118,5 +130,6 @@ def correlating() -> None:
 if __name__ == "__main__":
     decoding()
     correlating()
+    filtering()
     exporting()
     showing()

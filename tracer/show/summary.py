@@ -117,7 +117,7 @@ class Summary:
             ]
             lines[0] += ": " + ", ".join(statuses)
         if self._rcodes:
-            rcodes = (f"{rcode} {count:,}" for rcode, count in self._rcodes.most_common())
+            rcodes = (f"{rcode} {count:,}" for rcode, count in self._rcodes.most_common(8))
             lines.append("rcodes: " + ", ".join(rcodes))
         if self.latencies.count:
             parts = [f"p{p} {duration(self.latencies.percentile(p))}" for p in (50, 90, 99)]
