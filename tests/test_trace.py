@@ -295,7 +295,7 @@ def test_unanswered_queries_beyond_the_table_are_counted(
     assert 0 < len(timeouts) <= 256
     assert trace.summary["unmatched"]["queries"] == 0
     assert [t["status"] for t in trace.named("www.li-rui.top.")] == ["answered"]
-    assert "table" in trace.stderr
+    assert "in flight" in trace.stderr
 
 
 def test_what_still_waits_at_the_end_is_reported(lab: Lab, sre: list[str], tmp_path: Path) -> None:
@@ -374,16 +374,13 @@ def test_killed_tracer_leaves_nothing_and_foreign_filters_stay(lab: Lab, tmp_pat
             assert our_programs()
             tracer.process.send_signal(signal.SIGKILL)
             tracer.process.wait()
-        deadline = time.monotonic() + 3
-        while our_programs() and time.monotonic() < deadline:
-            time.sleep(0.05)
-        assert our_programs() == []
+        wait_for(lambda: our_programs() == [])
         with tracing(*arguments, tmp_path=tmp_path) as tracer:
             dig(lab, "sre/web-0", "www.example.com")
             time.sleep(0.3)
             trace = tracer.stop()
         assert trace.named("www.example.com.")
-        assert our_programs() == []
+        wait_for(lambda: our_programs() == [])
         qdiscs = lab.node_exec("node1", ["tc", "qdisc", "show", "dev", veth]).stdout
         filters = lab.node_exec("node1", ["tc", "filter", "show", "dev", veth, "ingress"]).stdout
         assert "clsact" in qdiscs

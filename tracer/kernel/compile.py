@@ -189,7 +189,8 @@ def _compile_in_child(
                 _write_include_tree(Path(tree))
                 os.environ["BCC_KERNEL_SOURCE"] = tree
                 instructions, fds = _compile({**kernel_offsets(btf, kprobes=kprobes), **sizes})
-            answer = (instructions, btf.enumerators("skb_drop_reason"))
+            reasons = btf.enumerators("skb_drop_reason").items()
+            answer = (instructions, {n: r.removeprefix("SKB_DROP_REASON_") for n, r in reasons})
         except BtfError as error:
             answer = (
                 f"{error}; dnstrace needs a kernel built with CONFIG_DEBUG_INFO_BTF "
