@@ -6,7 +6,7 @@ from __future__ import annotations
 import itertools
 import re
 import subprocess
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from bench.errors import BenchError
@@ -32,7 +32,25 @@ class Settings:
     clients: int
     threads: int
     outstanding: int
+    rate: int | None = None  # queries per second at most; None: as many as are answered
     first_port: int = 20000
+
+    def lasting(self, seconds: float) -> Settings:
+        """The same for another time."""
+        return replace(self, seconds=seconds)
+
+    def options(self) -> list[str]:
+        """What dnsperf is told."""
+        limit = [] if self.rate is None else ["-Q", str(self.rate)]
+        return [
+            "-c",
+            str(self.clients),
+            "-T",
+            str(self.threads),
+            "-q",
+            str(self.outstanding),
+            *limit,
+        ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,10 +104,8 @@ def run(settings: Settings, queries_file: Path) -> Load:
         "-d", str(queries_file),
         "-l", str(settings.seconds),
         "-t", str(_ANSWER_TIMEOUT_S),
-        "-c", str(settings.clients),
-        "-T", str(settings.threads),
-        "-q", str(settings.outstanding),
         "-x", str(settings.first_port),
+        *settings.options(),
     ]  # fmt: skip
     try:
         done = subprocess.run(

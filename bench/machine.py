@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 _STATS = Path("/proc/sys/kernel/bpf_stats_enabled")
+_QUIET_S = 0.2
+_QUIET_ATTEMPTS = 50
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 _FIELD_UTIME = 11  # of /proc/PID/stat, counted behind the name; cutime and cstime follow
 
@@ -83,6 +85,15 @@ def cpu_share(own_pid: int | None) -> Iterator[Share]:
     capacity = elapsed * (os.cpu_count() or 1)
     share.lab = by_lab / capacity
     share.others = max(0.0, (used - by_lab - by_own) / capacity)
+
+
+def wait_until_quiet(limit: float) -> None:
+    """Waits while other processes take more than that share of the machine, but not for ever."""
+    for _ in range(_QUIET_ATTEMPTS):
+        with cpu_share(None) as share:
+            time.sleep(_QUIET_S)
+        if share.others <= limit:
+            return
 
 
 def _usage_s(cgroup: Path) -> float:

@@ -44,8 +44,8 @@ def accounts(rounds: Sequence[dict[str, Run]]) -> str:
     if not names:
         return ""
     runs = {name: [each[name] for each in rounds] for name in names}
-    counters = list(runs[names[0]][0].figures.lost)
-    unmatched = list(runs[names[0]][0].figures.unmatched)
+    counters = list(dict.fromkeys(c for n in names for c in runs[n][0].figures.lost))
+    unmatched = list(dict.fromkeys(c for n in names for c in runs[n][0].figures.unmatched))
 
     def row(what: str, value: Callable[[Run], int]) -> tuple[str, ...]:
         return (what, *(f"{sum(map(value, runs[name])):,}" for name in names))
@@ -54,11 +54,11 @@ def accounts(rounds: Sequence[dict[str, Run]]) -> str:
         row("dnsperf sent", lambda run: run.load.sent),
         row("transactions", lambda run: run.figures.transactions or 0),
         *(
-            row(f"lost: {counter}", lambda run, c=counter: run.figures.lost[c])  # type: ignore[misc]
+            row(f"lost: {counter}", lambda run, c=counter: run.figures.lost.get(c, 0))  # type: ignore[misc]
             for counter in counters
         ),
         *(
-            row(f"unmatched: {counter}", lambda run, c=counter: run.figures.unmatched[c])  # type: ignore[misc]
+            row(f"unmatched: {counter}", lambda run, c=counter: run.figures.unmatched.get(c, 0))  # type: ignore[misc]
             for counter in unmatched
         ),
         row("beyond dnsperf's", unaccounted),
@@ -152,17 +152,17 @@ def _mib(values: Iterable[int]) -> str:
 
 
 def _ratio(rounds: Sequence[dict[str, Run]], name: str, to: str) -> str:
-    value = ratio(rounds, name, to)
-    return "-" if value is None else f"{value:.2f}"
+    found = ratios(rounds, name, to)
+    if not found or name == to:
+        return "-"
+    return f"{statistics.median(found):.2f} ({min(found):.2f}..{max(found):.2f})"
 
 
-def ratio(rounds: Sequence[dict[str, Run]], name: str, to: str) -> float | None:
-    """The median over rounds of one variant's throughput divided by another's."""
-    if to not in rounds[0]:
-        return None
-    return statistics.median(
-        each[name].load.queries_per_s / each[to].load.queries_per_s for each in rounds
-    )
+def ratios(rounds: Sequence[dict[str, Run]], name: str, to: str) -> list[float]:
+    """One variant's throughput divided by another's, round by round."""
+    return [
+        each[name].load.queries_per_s / each[to].load.queries_per_s for each in rounds if to in each
+    ]
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -15,25 +15,26 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bench import load, machine, report
+from bench import load, machine, paths, report
 from bench.errors import BenchError
 from bench.load import Load, Settings
 from bench.variants import FILTERED, VARIANTS, WITH_KUBERNETES, Figures, Variant
 from tracer.lab import Lab, LabError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
     from types import FrameType
+
+    from bench.paths import Way
 
 _ROOT = Path(__file__).resolve().parents[1]
 _TMPFS = Path("/dev/shm")  # noqa: S108 - files of one run, in a directory of their own
 _WARM_UP_S = 1.0
-_LOCAL_REPLICA = "kube-system/coredns-7c65d6cfc9-4kx2p"
+_ATTEMPTS = 3
 _UPLINK = "eth0"
 _OTHER_SECONDS = 2.0
 _OTHER_PORT = 9000
@@ -89,6 +90,13 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--server", nargs="+", choices=("coredns", "unbound"),
                         default=["coredns", "unbound"])  # fmt: skip
     parser.add_argument("--variant", nargs="+", choices=names, default=names)
+    parser.add_argument("--path", choices=paths.DESCRIPTIONS, default="same-node",
+                        help="where the DNS service leads to (default same-node)")  # fmt: skip
+    parser.add_argument("--rate", type=int, metavar="N",
+                        help="queries per second (default: as many as are answered)")  # fmt: skip
+    parser.add_argument("--disturbance", type=float, default=0.1, metavar="SHARE",
+                        help="of the machine for other processes; beyond, a run is repeated "
+                        "up to two times (default 0.1)")  # fmt: skip
     parser.add_argument("--only-rounds", action="store_true",
                         help="nothing per program, no other traffic")  # fmt: skip
     parser.add_argument("--clients", type=int, default=20, help="dnsperf -c (default 20)")
@@ -100,38 +108,36 @@ def _arguments() -> argparse.Namespace:
 
 def _measure(server: str, args: argparse.Namespace) -> dict[str, object]:
     """Everything with one kind of name server; prints as it goes."""
-    settings = Settings(args.seconds, args.clients, args.threads, args.outstanding)
+    settings = Settings(args.seconds, args.clients, args.threads, args.outstanding, args.rate)
     variants = [variant for variant in VARIANTS if variant.name in args.variant]
     about = machine.description(server)
     questions = load.queries()
-    with _lab(server) as lab, tempfile.TemporaryDirectory(dir=_scratch_parent()) as directory:
-        bench = Bench(lab, Path(directory), settings)
+    with (
+        Lab(resolver=server, quiet_servers=True) as lab,
+        tempfile.TemporaryDirectory(dir=_scratch_parent()) as directory,
+    ):
+        bench = Bench(lab, Path(directory), settings, args.disturbance)
         bench.write_queries(questions)
-        load.run(bench.with_seconds(_WARM_UP_S), bench.queries)
+        paths.choose(lab, settings, bench.queries, args.path)
+        load.run(settings.lasting(_WARM_UP_S), bench.queries)
         rounds = [bench.round(variants, number) for number in range(args.rounds)]
-        print(_headline(about, settings, questions, rounds), end="")
+        print(_headline(about, settings, args.path, questions, rounds), end="")
         print(report.throughput(rounds))
         for table in (report.accounts(rounds), report.processes(rounds)):
             if table:
                 print(table)
         result: dict[str, object] = {
             "machine": about,
-            "settings": asdict(settings),
+            "settings": {**asdict(settings), "path": args.path},
             "rounds": [{name: asdict(run) for name, run in each.items()} for each in rounds],
             "ratios": {
-                v.name: {to: report.ratio(rounds, v.name, to) for to in ("untraced", "empty")}
+                v.name: {to: report.ratios(rounds, v.name, to) for to in ("untraced", "empty")}
                 for v in variants
             },
         }
         if not args.only_rounds:
             result["more"] = bench.more()
     return result
-
-
-@contextmanager
-def _lab(server: str) -> Iterator[Lab]:
-    with Lab(resolver=server, quiet_servers=True) as lab:
-        yield lab
 
 
 def _scratch_parent() -> Path | None:
@@ -146,6 +152,7 @@ class Bench:
     lab: Lab
     scratch: Path
     settings: Settings
+    disturbance: float
 
     @property
     def queries(self) -> Path:
@@ -156,11 +163,6 @@ class Bench:
         """Prepares dnsperf's input."""
         self.queries.write_text(text)
 
-    def with_seconds(self, seconds: float) -> Settings:
-        """The same load for another time."""
-        kept = asdict(self.settings) | {"seconds": seconds}
-        return Settings(**kept)
-
     def round(self, variants: Sequence[Variant], number: int) -> dict[str, Run]:
         """Each variant once, beginning with another one each time; in the order given."""
         start = number % len(variants)
@@ -169,7 +171,17 @@ class Bench:
         return {variant.name: runs[variant.name] for variant in variants}
 
     def run(self, variant: Variant) -> Run:
-        """The load under one variant."""
+        """The load under one variant; again if other processes disturbed it too much."""
+        for _ in range(_ATTEMPTS):
+            machine.wait_until_quiet(self.disturbance)
+            run = self._run_once(variant)
+            done = f"{run.load.queries_per_s:,.0f} queries/s"
+            print(f"  {variant.name:10}{done:>18}, others {run.others:.0%}", file=sys.stderr)
+            if run.others <= self.disturbance:
+                break
+        return run
+
+    def _run_once(self, variant: Variant) -> Run:
         with variant.watch(self.lab, self.scratch) as figures:
             sent_before = self._replicas()
             began = time.monotonic()
@@ -177,8 +189,6 @@ class Bench:
                 done = load.run(self.settings, self.queries)
             elapsed_s = time.monotonic() - began
             local, remote = (b - a for a, b in zip(sent_before, self._replicas(), strict=True))
-        rate = f"{done.queries_per_s:,.0f}"
-        print(f"  {variant.name:10}{rate:>8} queries/s, others {share.others:.0%}", file=sys.stderr)
         return Run(
             done, figures, elapsed_s, share.lab, share.others, local / max(1, local + remote)
         )
@@ -188,8 +198,8 @@ class Bench:
         node = self.lab.pod(load.CLIENT).node
         listed = self.lab.node_exec(node, ["ip", "-j", "-s", "link", "show"], check=True).stdout
         sent = {link["ifname"]: link["stats64"]["tx"]["packets"] for link in json.loads(listed)}
-        replica = self.lab.pod(_LOCAL_REPLICA).veth
-        return sent[replica], sent[_UPLINK]
+        replica = next(pod for pod in self.lab.dns_pods if pod.node == node)
+        return sent[replica.veth], sent[_UPLINK]
 
     def more(self) -> dict[str, object]:
         """What is measured apart, because measuring it costs: time per program run, and memory."""
@@ -207,7 +217,7 @@ class Bench:
                 print(report.programs(runs, packets, unit))
                 by_traffic[traffic] = {"programs": runs, "sent": packets}
         with WITH_KUBERNETES(self.lab, self.scratch) as figures:
-            load.run(self.with_seconds(_WARM_UP_S), self.queries)
+            load.run(self.settings.lasting(_WARM_UP_S), self.queries)
         print(
             f"with kubernetes.client loaded: armed after {figures.armed_s:.2f} s, "
             f"RSS {figures.memory_kib['VmRSS'] / report.MIB:.0f} MiB, "
@@ -218,7 +228,7 @@ class Bench:
     def _send(self, traffic: str) -> int:
         """Traffic for a while; how much."""
         if traffic == "dns":
-            return load.run(self.with_seconds(_OTHER_SECONDS), self.queries).sent
+            return load.run(self.settings.lasting(_OTHER_SECONDS), self.queries).sent
         return self._send_other(traffic)
 
     def _send_other(self, transport: str) -> int:
@@ -251,7 +261,11 @@ def _differences(
 
 
 def _headline(
-    about: dict[str, str], settings: Settings, questions: str, rounds: Sequence[dict[str, Run]]
+    about: dict[str, str],
+    settings: Settings,
+    way: Way,
+    questions: str,
+    rounds: Sequence[dict[str, Run]],
 ) -> str:
     runs = list(itertools.chain.from_iterable(each.values() for each in rounds))
     local = [run.local for run in runs]
@@ -259,12 +273,11 @@ def _headline(
     return (
         f"\n{about['server']}, Linux {about['kernel']}, {about['cores']} x {about['cpu']}, "
         f"{about['memory']}\n"
-        f"dnsperf {about['dnsperf']} -c {settings.clients} -T {settings.threads} "
-        f"-q {settings.outstanding} for {settings.seconds:g} s, {len(rounds)} rounds; "
-        f"{distinct} different questions\n"
-        f"pod {load.CLIENT} -> veth -> node1 -> DNAT {load.SERVICE_IP} -> "
-        f"{min(local):.0%} to {max(local):.0%} of the queries to the replica on node1 (by veth), "
-        "the others to node2 (by both uplinks and a veth)\n\n"
+        f"dnsperf {about['dnsperf']} {' '.join(settings.options())} for {settings.seconds:g} s, "
+        f"{len(rounds)} rounds; {distinct} different questions\n"
+        f"path: pod {load.CLIENT} - veth - node - DNAT of {load.SERVICE_IP} - "
+        f"{paths.DESCRIPTIONS[way]}\n"
+        f"({min(local):.0%} to {max(local):.0%} of the queries stayed on the node)\n\n"
     )
 
 

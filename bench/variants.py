@@ -34,6 +34,14 @@ _SETTLE_S = 0.3
 _CLIENTS_NODE = "node1"
 _ARMED = "tracing "
 _TRANSACTION = b'{"event":"transaction"'
+_SUMMARY = b'{"event":"summary"'
+_LOST_IN_WORDS = {
+    "ring_full": "transactions? lost",
+    "table_full": "quer(?:y|ies) not followed",
+    "undecodable": "DNS messages? not readable",
+    "filtered": "quer(?:y|ies) left out",
+    "preempted": "packets? not looked at",
+}
 # Runs the tracer in a process that has loaded the Kubernetes client too.
 _LOADING_KUBERNETES = (
     "import kubernetes.client; kubernetes.client.CoreV1Api(); "
@@ -131,30 +139,41 @@ def tracer(*arguments: str, with_kubernetes: bool = False) -> Watch:
             figures.cpu_s = spent_s - spent_before_s
             if process.returncode != 0:
                 raise BenchError(f"dnstrace failed: {words.rest().strip()}")
-            _take_summary(figures, shown, lab.pod(load.CLIENT).ipv4)
+            if "--json" in arguments:
+                _take_json(figures, shown, lab.pod(load.CLIENT).ipv4)
+            else:
+                _take_words(figures, words.rest())
         figures.output_bytes = shown.stat().st_size
         shown.unlink()
 
     return watch
 
 
-def _take_summary(figures: Figures, shown: Path, client: str) -> None:
-    """From JSON lines: the summary, and how many transactions the client's address began."""
-    summary: dict[str, Any] | None = None
+def _take_json(figures: Figures, shown: Path, client: str) -> None:
+    """The summary, and how many transactions the client's address began."""
     begins = f'"client":{{"ip":"{client}"'.encode()
-    of_client = 0
+    figures.of_client = 0
     with shown.open("rb") as lines:
         for line in lines:
             if line.startswith(_TRANSACTION):
-                of_client += begins in line
-            elif line.startswith(b'{"event":"summary"'):
-                summary = json.loads(line)
-    if summary is None:
-        return
-    figures.of_client = of_client
-    figures.transactions = summary["transactions"]
-    figures.lost = summary["lost"]
-    figures.unmatched = summary["unmatched"]
+                figures.of_client += begins in line
+            elif line.startswith(_SUMMARY):
+                summary: dict[str, Any] = json.loads(line)
+                figures.transactions = summary["transactions"]
+                figures.lost = summary["lost"]
+                figures.unmatched = summary["unmatched"]
+
+
+def _take_words(figures: Figures, said: str) -> None:
+    """The same from the summary for people, which is silent about what there was none of."""
+    said = " ".join(said.split())
+
+    def count(words: str) -> int:
+        found = re.search(rf"([\d,]+) {words}", said)
+        return int(found[1].replace(",", "")) if found else 0
+
+    figures.transactions = count("transactions? in ")
+    figures.lost = {name: count(words) for name, words in _LOST_IN_WORDS.items()}
 
 
 class _Words:
