@@ -297,9 +297,10 @@ int packet(struct __sk_buff *skb)
 	u16 protocol = skb->protocol;
 	struct scratch *scratch;
 	enum parsed parsed;
-	u64 owner = bpf_get_current_pid_tgid();
+	u64 owner = (u64)skb;
 
 	if (hook == HOP_SEND) {
+		owner = bpf_get_current_pid_tgid();
 		key = owner & (TASK_SCRATCHES - 1);
 		scratch = task_scratch.lookup(&key);
 	} else {
@@ -366,8 +367,8 @@ static __always_inline bool open_skb(u64 skb, struct source *source)
 				  (void *)(skb + OFFSET_sk_buff_transport_header)))
 		return false;
 	transport = *(u16 *)members;
-	network = *(u16 *)(members + OFFSET_sk_buff_network_header -
-			   OFFSET_sk_buff_transport_header);
+	network =
+		*(u16 *)(members + OFFSET_sk_buff_network_header - OFFSET_sk_buff_transport_header);
 	bpf_probe_read_kernel(&head, sizeof(head), (void *)(skb + OFFSET_sk_buff_head));
 	if (bpf_probe_read_kernel(ports, sizeof(ports), (void *)(head + transport)))
 		return false;

@@ -81,13 +81,16 @@ static __always_inline u32 source_read(struct source *source, u32 offset, void *
 	limit -= offset;
 	if (limit > size)
 		limit = size;
-	/* Clang would merge the checks into one that the verifier cannot follow. */
+	/*
+	 * Clang would merge the checks into one that the verifier cannot follow;
+	 * and before 6.8 it learns nothing from comparing with 0 for equality.
+	 */
+	limit--;
 	asm volatile("" : "+r"(limit));
-	if (limit > size)
+	if (limit >= size)
 		return 0;
 	asm volatile("" : "+r"(limit));
-	if (limit == 0)
-		return 0;
+	limit++;
 	if (source->skb) {
 		if (bpf_skb_load_bytes(source->skb, source->offset + offset, to, limit))
 			return 0;
