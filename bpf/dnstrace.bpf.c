@@ -225,6 +225,7 @@ static __always_inline void seen(struct source *source, u64 skb, struct message 
 	struct transaction *slot;
 	u32 number = NO_SLOT, variant = 0;
 	u8 attempt = 1, status = refused ? STATUS_REFUSED : STATUS_ANSWERED;
+	bool several, original;
 
 	if (sent) {
 		sender.netns = place->netns;
@@ -237,10 +238,13 @@ static __always_inline void seen(struct source *source, u64 skb, struct message 
 		process_name(sender.comm);
 		original_flow(skb, message->family, &asked);
 	} else {
-		number = find_slot(message, &asked, place->t_ns);
-		if (number == NO_SLOT && message->direction == QUERY &&
+		several = variants_lately(place->t_ns);
+		original = several && message->direction == QUERY &&
+			   original_flow(skb, message->family, &asked);
+		number = find_slot(message, &asked, several);
+		if (number == NO_SLOT && !original && message->direction == QUERY &&
 		    original_flow(skb, message->family, &asked))
-			number = find_slot(message, &asked, place->t_ns);
+			number = find_slot(message, &asked, several);
 	}
 	slot = slots.lookup(&number);
 	if (slot) {

@@ -160,6 +160,8 @@ static __always_inline void hash_question(struct scratch *scratch, struct messag
 		if (left <= 8)
 			break;
 	}
+	/* Type and class once more, as they are: the bit of letters' cases tells A from SRV. */
+	hash = (hash ^ u32_at(scratch, start + len - 4)) * 0x9e3779b97f4a7c15ULL;
 	message->question_hash = hash ^ hash >> 32;
 }
 

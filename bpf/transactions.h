@@ -63,58 +63,65 @@ static __always_inline void make_key(struct index_key *key, const struct flow *f
 /* Whether a message belongs to what a slot holds; a response may lack its question. */
 static __always_inline bool is_about(struct transaction *slot, struct message *message)
 {
-	u32 i;
-
 	if (slot->dns_id != message->id)
 		return false;
-	if (slot->question_hash != message->question_hash &&
-	    (message->direction == QUERY || message->question_len))
-		return false;
-	if (slot->variant == 0)
-		return true;
-	/* One of several that share a client socket and an id: the server decides. */
+	return slot->question_hash == message->question_hash ||
+	       (message->direction == RESPONSE && !message->question_len);
+}
+
+/* Whether the query was seen on its way to the server of flow. */
+static __always_inline bool knows_server(struct transaction *slot, struct flow *flow)
+{
+	u32 i;
+
 #pragma unroll
 	for (i = 0; i < MAX_FLOWS; i++) {
-		if (i < slot->nflows && same_address(slot->flows[i].server_addr,
-						     message->flow.server_addr))
+		if (i < slot->nflows && slot->flows[i].server_port == flow->server_port &&
+		    same_address(slot->flows[i].server_addr, flow->server_addr))
 			return true;
 	}
 	return false;
 }
 
-/* Finds the transaction of a message whose addresses are flow. Returns its slot or NO_SLOT. */
-static __always_inline u32 find_slot(struct message *message, struct flow *flow, u64 now_ns)
+/* Whether there may be queries in flight that share client, port and id. */
+static __always_inline bool variants_lately(u64 now_ns)
 {
-	struct index_key key;
+	u32 zero = 0;
+	u64 *last_ns = variant_last_ns.lookup(&zero);
+
+	return last_ns && *last_ns && now_ns < *last_ns + VARIANT_MEMORY_NS;
+}
+
+/*
+ * Finds the transaction of a message whose addresses are flow. Returns its slot
+ * or NO_SLOT. several: it may be one of some that share client, port and id, as
+ * musl sends one query to all servers; then the server decides, if it is known.
+ */
+static __always_inline u32 find_slot(struct message *message, struct flow *flow, bool several)
+{
+	u32 variant, likely = NO_SLOT, *number;
 	struct transaction *slot;
-	u32 zero = 0, variant, *number;
-	u64 *last_ns;
+	struct index_key key;
 
-	make_key(&key, flow, message->id, 0);
-	number = slot_index.lookup(&key);
-	if (number) {
-		u32 found = *number;
-
-		slot = slots.lookup(&found);
-		if (slot && is_about(slot, message))
-			return found;
-	}
-	last_ns = variant_last_ns.lookup(&zero);
-	if (!last_ns || !*last_ns || now_ns > *last_ns + VARIANT_MEMORY_NS)
-		return NO_SLOT;
 #pragma nounroll
-	for (variant = 1; variant < MAX_VARIANTS; variant++) {
-		key.variant = variant;
+	for (variant = 0; variant < MAX_VARIANTS; variant++) {
+		make_key(&key, flow, message->id, variant);
 		number = slot_index.lookup(&key);
 		if (number) {
 			u32 found = *number;
 
 			slot = slots.lookup(&found);
-			if (slot && is_about(slot, message))
-				return found;
+			if (slot && is_about(slot, message)) {
+				if (!several || knows_server(slot, flow))
+					return found;
+				if (likely == NO_SLOT)
+					likely = found;
+			}
 		}
+		if (!several)
+			break;
 	}
-	return NO_SLOT;
+	return likely;
 }
 
 /* The index of flow among a slot's, added if it is new. */
