@@ -60,7 +60,7 @@ struct message {
 	u32 question_hash;
 	u32 captured; /* bytes of the packet in the scratch buffer, from the network header on */
 	u32 offset; /* of the DNS header from the network header */
-	u16 len; /* of the DNS message, by the UDP header, at most what the packet holds */
+	u16 len; /* of the DNS message, by the UDP header: the packet may hold less */
 	u16 question_len; /* 0: none, or not parsable */
 	__be16 id;
 	__be16 flags;

@@ -135,7 +135,8 @@ static __always_inline void hash_question(struct scratch *scratch, struct messag
 		end += label + 1;
 		if (label == 0)
 			break;
-		if (label > 63 || end - start > 255)
+		/* 255 bytes (RFC 1035 section 2.3.4), of which the root takes one. */
+		if (label > 63 || end - start > 254)
 			return;
 	}
 	end += 4;
@@ -289,6 +290,11 @@ static __always_inline enum parsed parse(struct source *source, struct scratch *
 	if (!is_dns_port(message->direction == QUERY ? to : from))
 		return is_dns_port(to) || is_dns_port(from) ? UNDECODABLE : NOT_DNS;
 	message->len = udp_len - UDP_HLEN;
+	/* What comes after it, such as an Ethernet frame's padding, is not the message's. */
+	if (source->len > message->offset + message->len)
+		source->len = message->offset + message->len;
+	if (source->linear > source->len)
+		source->linear = source->len;
 	message->id = u16_at(scratch, message->offset);
 	message->flags = u16_at(scratch, message->offset + 2);
 	if (message->direction == QUERY) {
