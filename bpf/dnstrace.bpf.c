@@ -263,6 +263,7 @@ static __always_inline void seen(struct source *source, u64 skb, struct message 
 	} else {
 		if (!sent && !is_unfiltered())
 			return;
+		count(COUNT_STARTED);
 		variant = free_variant(message, &asked, &number);
 		if (variant == MAX_VARIANTS) {
 			count(COUNT_TABLE_FULL);
@@ -272,9 +273,7 @@ static __always_inline void seen(struct source *source, u64 skb, struct message 
 		status = STATUS_TIMEOUT;
 		slot = slots.lookup(&number);
 	}
-	if (slot) {
-		if (!claim(slot))
-			return;
+	if (slot && claim(slot)) {
 		slot->status = status;
 		if (place->kind == HOP_RECEIVE || status == STATUS_REFUSED)
 			slot->end_ns = place->t_ns;
@@ -284,8 +283,10 @@ static __always_inline void seen(struct source *source, u64 skb, struct message 
 			release(number);
 			return;
 		}
-	} else {
+	} else if (status == STATUS_TIMEOUT) {
 		number = take_slot();
+	} else {
+		return;
 	}
 	begin(number, source, message, &sender, place, &asked, attempt, variant);
 }

@@ -84,7 +84,7 @@ struct large_record {
 
 /* Indexes into the table of counters. Each is a sum over CPUs since the start. */
 enum counter {
-	COUNT_STARTED, /* transactions that got a slot */
+	COUNT_STARTED, /* transactions that began, or would have, had there been room */
 	COUNT_EMITTED, /* records that reached a ring */
 	COUNT_RING_FULL, /* records that did not */
 	COUNT_TABLE_FULL, /* transactions pushed out by newer ones, or never let in */
@@ -92,7 +92,7 @@ enum counter {
 	COUNT_UNDECODABLE, /* packets on a DNS port that are not DNS */
 	COUNT_UNMATCHED_RESPONSES, /* responses that reached a socket and fit no query */
 	COUNT_PREEMPTED, /* packets whose scratch buffer was taken over while in use */
-	COUNT_HOPS_LOST, /* hops that found no room in their transaction */
+	COUNT_HOPS_LOST, /* hops that found no room in their transaction, or their flow none */
 	COUNTERS
 };
 

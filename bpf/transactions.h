@@ -124,6 +124,13 @@ static __always_inline u32 find_slot(struct message *message, struct flow *flow,
 	return likely;
 }
 
+static __always_inline void lose_hop(struct transaction *slot)
+{
+	if (slot->hops_lost < 255)
+		slot->hops_lost++;
+	count(COUNT_HOPS_LOST);
+}
+
 /* The index of flow among a slot's, added if it is new. */
 static __always_inline u32 flow_number(struct transaction *slot, struct flow *flow)
 {
@@ -137,7 +144,7 @@ static __always_inline u32 flow_number(struct transaction *slot, struct flow *fl
 			return i;
 	}
 	if (n >= MAX_FLOWS) {
-		slot->hops_lost++;
+		lose_hop(slot);
 		return MAX_FLOWS - 1;
 	}
 	slot->flows[n & (MAX_FLOWS - 1)] = *flow;
@@ -151,9 +158,10 @@ static __always_inline void add_hop(struct transaction *slot, struct message *me
 	u32 n = slot->nhops;
 	struct hop *hop;
 
+	if (message->direction == RESPONSE)
+		slot->response_flags = message->flags;
 	if (n >= MAX_HOPS) {
-		slot->hops_lost++;
-		count(COUNT_HOPS_LOST);
+		lose_hop(slot);
 		return;
 	}
 	hop = &slot->hops[n];
@@ -167,8 +175,6 @@ static __always_inline void add_hop(struct transaction *slot, struct message *me
 	slot->nhops = n + 1;
 	if (place->kind == HOP_DROP)
 		slot->drop_location = place->drop_location;
-	if (message->direction == RESPONSE)
-		slot->response_flags = message->flags;
 }
 
 /* Takes the key of a transaction out of the index. True: the caller now owns the slot. */
@@ -296,11 +302,16 @@ static __always_inline void fill(struct transaction *slot, struct source *source
 	add_hop(slot, message, place);
 }
 
-/* Also finds a transaction by the addresses that SNAT gave its client. */
+/*
+ * Also finds a transaction by the addresses that SNAT gave its client. Comes
+ * before its hop: a flow that finds no room there could not be taken out again.
+ */
 static __always_inline void add_alias(u32 number, struct transaction *slot, struct flow *flow)
 {
 	struct index_key key;
 
+	if (slot->nflows >= MAX_FLOWS || slot->nhops >= MAX_HOPS)
+		return;
 	if (flow->client_port == slot->flows[0].client_port &&
 	    same_address(flow->client_addr, slot->flows[0].client_addr))
 		return;
@@ -360,7 +371,6 @@ static __always_inline void begin(u32 number, struct source *source, struct mess
 	add_alias(number, slot, &message->flow);
 	if (variant)
 		variant_last_ns.update(&zero, &place->t_ns);
-	count(COUNT_STARTED);
 }
 
 #endif
