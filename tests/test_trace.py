@@ -12,8 +12,8 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -26,6 +26,9 @@ from tests.tracing import (
     tracing,
 )
 from tracer.lab import Lab
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 pytestmark = pytest.mark.usefixtures("root")
 
@@ -178,7 +181,9 @@ def test_host_network_pod_is_followed_through_masquerade(
     assert any("dnat" in nat for nat in changed)
 
 
-def test_1000_short_lived_processes_are_attributed(lab: Lab, sre: list[str], tmp_path: Path) -> None:
+def test_1000_short_lived_processes_are_attributed(
+    lab: Lab, sre: list[str], tmp_path: Path
+) -> None:
     """Each has gone before anybody could look it up; pid, cgroup and pod are right all the same."""
     script = tmp_path / "burst.py"
     script.write_text(
@@ -202,7 +207,9 @@ for i in range(500):
             pod: lab.popen(pod, [sys.executable, str(script)], stdout=subprocess.PIPE, text=True)
             for pod in ("sre/web-0", "sre/api-0", "default/shop-0")
         }
-        pids = {pod: set(map(int, b.communicate(timeout=120)[0].split())) for pod, b in bursts.items()}
+        pids = {
+            pod: set(map(int, b.communicate(timeout=120)[0].split())) for pod, b in bursts.items()
+        }
         time.sleep(0.5)
         trace = tracer.stop()
     told: dict[str, set[int]] = {"sre/web-0": set(), "sre/api-0": set()}
@@ -225,9 +232,7 @@ def dnsperf(lab: Lab, tmp_path: Path, *arguments: str) -> dict[str, int]:
     }
 
 
-def test_nothing_is_lost_at_20000_queries_a_second(
-    quiet_lab: Lab, tmp_path: Path
-) -> None:
+def test_nothing_is_lost_at_20000_queries_a_second(quiet_lab: Lab, tmp_path: Path) -> None:
     """For ten seconds: as many transactions as dnsperf has queries, and every counter at zero."""
     arguments = ["--pods", str(quiet_lab.pods_file), "--namespace", "sre"]
     with tracing(*arguments, tmp_path=tmp_path) as tracer:
@@ -363,6 +368,7 @@ def test_drop_in_the_node_names_the_reason(lab: Lab, sre: list[str], tmp_path: P
 def test_killed_tracer_leaves_nothing_and_foreign_filters_stay(lab: Lab, tmp_path: Path) -> None:
     """kill -9; a clsact qdisc and filter of somebody else on the same veth survive it all."""
     veth = lab.pod("sre/web-0").veth
+    assert veth
     for command in (
         f"tc qdisc add dev {veth} clsact",
         f"tc filter add dev {veth} ingress protocol ip prio 7 u32 match u32 0 0 flowid 1:1",
@@ -393,11 +399,15 @@ def test_new_veth_is_followed(lab: Lab, tmp_path: Path) -> None:
     """A device that appears while tracing is attached to, and let go of when it is deleted."""
     with tracing("--pods", str(lab.pods_file), tmp_path=tmp_path) as tracer:
         before = our_links()
-        lab.node_exec("node1", "ip link add dnstest0 type veth peer name dnstest1".split(), check=True)
+        lab.node_exec(
+            "node1",
+            ["ip", "link", "add", "dnstest0", "type", "veth", "peer", "name", "dnstest1"],
+            check=True,
+        )
         try:
             wait_for(lambda: our_links() == before + 4)
         finally:
-            lab.node_exec("node1", "ip link del dnstest0".split())
+            lab.node_exec("node1", ["ip", "link", "del", "dnstest0"])
         wait_for(lambda: our_links() == before)
         tracer.stop()
 
@@ -512,7 +522,7 @@ def test_500_veths_attach_in_under_three_seconds(lab: Lab, tmp_path: Path) -> No
     assert armed_s < 3 + 1
 
 
-def test_output_cut_off_by_its_reader_is_no_error(lab: Lab, tmp_path: Path) -> None:
+def test_output_cut_off_by_its_reader_is_no_error(lab: Lab) -> None:
     """`dnstrace | head -1`."""
     process = subprocess.Popen(
         [sys.executable, "-m", "tracer", "--json"],

@@ -11,16 +11,18 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import dns.message
 import dns.rcode
 import dns.rdatatype
 
-from tracer.lab import Lab
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from tracer.lab import Lab
 
 ARMED_WITHIN_S = 20.0
 
@@ -67,9 +69,7 @@ class Trace:
     def __init__(self, path: Path, stderr: str) -> None:
         self.stderr = stderr
         events = [json.loads(line) for line in path.read_bytes().splitlines()]
-        self.transactions: list[dict[str, Any]] = [
-            e for e in events if e["event"] == "transaction"
-        ]
+        self.transactions: list[dict[str, Any]] = [e for e in events if e["event"] == "transaction"]
         self.lookups: list[dict[str, Any]] = [e for e in events if e["event"] == "lookup"]
         assert [e["event"] for e in events].index("summary") == len(events) - 1
         self.summary: dict[str, Any] = events[-1]

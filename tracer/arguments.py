@@ -4,12 +4,15 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tracer import __version__
 from tracer.filters import duration_ns
 from tracer.lab import cli as lab
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 _DESCRIPTION = """\
 Shows every DNS query of this node's pods: who asked, what for, through which hops, which replica
@@ -96,7 +99,9 @@ def _add_tracing(parser: argparse.ArgumentParser) -> None:
     only = parser.add_argument_group("filters (all must hold; globs are quoted: 'web-*')")
     only.add_argument("-n", "--namespace", action="append", default=[], metavar="NS",
                       help="pods of this namespace (repeatable)")  # fmt: skip
-    only.add_argument("--pod", action="append", default=[], metavar="GLOB", help="pods of this name")
+    only.add_argument(
+        "--pod", action="append", default=[], metavar="GLOB", help="pods of this name"
+    )
     only.add_argument("--container", metavar="NAME", help="containers of this name")
     only.add_argument("--pid", type=_positive, metavar="PID", help="one process")
     only.add_argument("--comm", metavar="NAME", help="processes of this name")
@@ -138,7 +143,7 @@ def _port(text: str) -> int:
 
 def _slots(text: str) -> int:
     number = _positive(text)
-    if number & (number - 1) or not 64 <= number <= 1 << 20:  # noqa: PLR2004
+    if number & (number - 1) or not 64 <= number <= 1 << 20:
         raise argparse.ArgumentTypeError(f"{text!r} is not a power of two from 64 to 1048576")
     return number
 

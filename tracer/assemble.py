@@ -11,11 +11,9 @@ import functools
 import ipaddress
 import itertools
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
 from tracer import decode
 from tracer.record import HopKind as Kind
@@ -32,6 +30,11 @@ from tracer.transaction import (
     Status,
     Transaction,
 )
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Mapping
+
+    from numpy.typing import NDArray
 
 _COLUMNS = (
     "dns_id", "attempt", "netns", "cgroup_id", "pid", "comm",
@@ -175,7 +178,11 @@ class Assembler:
             if number != previous:
                 nat = _nat(flows[previous], flow)
                 previous = number
-            ifname, owner = self._names.place(netns, ifindex)
+            where = (netns, ifindex)
+            named = hops.places.get(where)
+            if named is None:
+                named = hops.places[where] = self._names.place(netns, ifindex)
+            ifname, owner = named
             if asker and kind == (Kind.RECEIVE if direction else Kind.SEND):
                 owner = asker
             dropped = kind == Kind.DROP
@@ -191,7 +198,9 @@ class Assembler:
                     flow[0] if direction else flow[1],
                     owner,
                     nat,
-                    self._drop_reasons.get(reason, f"reason {reason}") if dropped and reason else None,
+                    self._drop_reasons.get(reason, f"reason {reason}")
+                    if dropped and reason
+                    else None,
                     self._symbol(hops.drop_location(row)) if dropped else None,
                 )
             )
@@ -202,6 +211,7 @@ class _Hops:
     """The hops of a batch, converted all at once when the first of them is asked for."""
 
     def __init__(self, slots: NDArray[np.void]) -> None:
+        self.places: dict[tuple[int, int], tuple[str | None, str | None]] = {}
         self._slots = slots
         self._hops: list[list[tuple[int, ...]]] | None = None
         self._flows: list[list[tuple[bytes, bytes, int, int, int]]] = []
@@ -231,7 +241,7 @@ class _Hops:
 def ip_text(address: bytes) -> str:
     """16 bytes in presentation format; IPv4 where it is mapped into IPv6."""
     if address.startswith(_MAPPED_IPV4):
-        return "%d.%d.%d.%d" % tuple(address[12:])
+        return ".".join(map(str, address[12:]))
     return str(ipaddress.IPv6Address(address))
 
 
@@ -247,7 +257,10 @@ def _latencies(slots: NDArray[np.void]) -> list[int | None]:
     ends = slots["end_ns"].astype(np.int64) - slots["start_ns"].astype(np.int64)
     if known.all():
         return list(ends.tolist())
-    return [end if is_known else None for end, is_known in zip(ends.tolist(), known.tolist(), strict=True)]
+    return [
+        end if is_known else None
+        for end, is_known in zip(ends.tolist(), known.tolist(), strict=True)
+    ]
 
 
 def _statuses(slots: NDArray[np.void]) -> list[Status]:

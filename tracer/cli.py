@@ -3,14 +3,19 @@
 
 from __future__ import annotations
 
-import argparse
 import difflib
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tracer import arguments
-from tracer.run import say
+
+if TYPE_CHECKING:
+    import argparse
+
+    from tracer.cluster.identities import Identities
+    from tracer.kernel.session import Selection, Session
 
 OK, FAILED, USAGE, UNSUPPORTED = 0, 1, 2, 3
 _RUNTIME_PODS = Path("/run/dnstrace-lab/pods.json")
@@ -21,11 +26,11 @@ def main(argv: list[str] | None = None) -> int:
     args = arguments.parse(sys.argv[1:] if argv is None else argv)
     try:
         if args.command == "lab":
-            from tracer.lab import cli as lab  # noqa: PLC0415 - each command loads its own
+            from tracer.lab import cli as lab
 
             return lab.main(args)
         if args.command == "doctor":
-            from tracer import doctor  # noqa: PLC0415
+            from tracer import doctor
 
             return doctor.main()
         return _trace(args)
@@ -37,13 +42,13 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _trace(args: argparse.Namespace) -> int:
-    from tracer.cluster import pods_file  # noqa: PLC0415
-    from tracer.cluster.identities import Identities  # noqa: PLC0415
-    from tracer.cluster.model import Inventory  # noqa: PLC0415
-    from tracer.filters import Filters  # noqa: PLC0415
-    from tracer.kernel import netns  # noqa: PLC0415
-    from tracer.kernel.session import Limits, Selection, Session, Unsupported  # noqa: PLC0415
-    from tracer.run import Stop, Totals, Trace  # noqa: PLC0415
+    from tracer.cluster import pods_file
+    from tracer.cluster.identities import Identities
+    from tracer.cluster.model import Inventory
+    from tracer.filters import Filters
+    from tracer.kernel import netns
+    from tracer.kernel.session import Limits, Session, Unsupported
+    from tracer.run import Stop, Totals, Trace
 
     filters = Filters(
         namespaces=tuple(args.namespace),
@@ -83,7 +88,7 @@ def _trace(args: argparse.Namespace) -> int:
     stop = Stop(args.duration)
     try:
         session = Session.open(
-            _selection(args, identities, Selection),
+            _selection(args, identities),
             Limits(slots=args.max_in_flight),
             None if args.hooks == "auto" else args.hooks,
         )
@@ -92,7 +97,7 @@ def _trace(args: argparse.Namespace) -> int:
         return UNSUPPORTED
     try:
         say(_armed(session, args))
-        from tracer.output import make_output  # noqa: PLC0415 - while nothing waits for it
+        from tracer.output import make_output
 
         output = make_output(args)
         trace = Trace(session, identities, keep, output, args.timeout, args.count, Totals())
@@ -103,22 +108,24 @@ def _trace(args: argparse.Namespace) -> int:
     return OK
 
 
-def _selection(args, identities, selection_type):  # type: ignore[no-untyped-def]
+def say(message: str) -> None:
+    """One line for the person at the terminal."""
+    sys.stderr.write(f"dnstrace: {message}\n")
+    sys.stderr.flush()
+
+
+def _selection(args: argparse.Namespace, identities: Identities) -> Selection:
     """What the kernel itself can filter by; the rest is filtered afterwards."""
+    from tracer.kernel.session import Selection
+
     ports = tuple(args.port or (53,))
-    by_pod = bool(args.namespace or args.pod)
-    if args.side == "server":
-        return selection_type(ports=ports, pid=args.pid)
-    if not by_pod:
-        return selection_type(ports=ports, pid=args.pid)
-    pods = identities.matching(args.namespace, args.pod)
-    netns, cgroups = identities.select(pods)
-    return selection_type(
-        ports=ports, netns=netns, cgroup_ids=cgroups, pid=args.pid, only_selected=True
-    )
+    if args.side == "server" or not (args.namespace or args.pod):
+        return Selection(ports=ports, pid=args.pid, server_side=args.side == "server")
+    netns, cgroups = identities.select(identities.matching(args.namespace, args.pod))
+    return Selection(ports=ports, netns=netns, cgroup_ids=cgroups, pid=args.pid, only_selected=True)
 
 
-def _unknown_pods(args: argparse.Namespace, identities) -> str | None:  # type: ignore[no-untyped-def]
+def _unknown_pods(args: argparse.Namespace, identities: Identities) -> str | None:
     """What is wrong with --namespace and --pod, in one line."""
     if not args.namespace and not args.pod:
         return None
@@ -144,7 +151,7 @@ def _near(name: str, known: list[str]) -> str:
     return f"; did you mean {', '.join(near)}?" if near else f"; there are: {', '.join(known[:10])}"
 
 
-def _armed(session, args: argparse.Namespace) -> str:  # type: ignore[no-untyped-def]
+def _armed(session: Session, args: argparse.Namespace) -> str:
     devices, namespaces = session.devices.count(), len(session.devices.namespaces())
     ports = ", ".join(map(str, args.port or (53,)))
     until = "" if args.duration else "; Ctrl-C ends"

@@ -10,15 +10,17 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from tracer.kernel import kprobes, netns
 from tracer.kernel.btf import VMLINUX, Btf, BtfError
 from tracer.kernel.compile import Compilation, CompileError
 from tracer.kernel.offsets import kernel_offsets
 from tracer.kernel.session import Limits, Selection, Session, Unsupported
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 _OK, _UNSUPPORTED = 0, 3
 State = Literal["ok", "note", "MISSING"]
@@ -52,7 +54,9 @@ def main() -> int:
             sys.stdout.write(f"{'':<26}fix: {finding.fix}\n")
         sys.stdout.flush()
     sys.stdout.write(
-        "\nThis host can be traced.\n" if able else "\nThis host cannot be traced yet: see MISSING.\n"
+        "\nThis host can be traced.\n"
+        if able
+        else "\nThis host cannot be traced yet: see MISSING.\n"
     )
     return _OK if able else _UNSUPPORTED
 
@@ -143,7 +147,9 @@ def _compiler() -> Finding:
     except CompileError as error:
         fix = "apt-get install python3-bpfcc" if "import bcc" in str(error) else None
         return Finding("compiler (BCC)", "MISSING", str(error), fix)
-    return Finding("compiler (BCC)", "ok", f"programs compile in {time.monotonic() - started:.1f} s")
+    return Finding(
+        "compiler (BCC)", "ok", f"programs compile in {time.monotonic() - started:.1f} s"
+    )
 
 
 def _attaching() -> Finding:

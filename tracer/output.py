@@ -3,16 +3,19 @@
 
 from __future__ import annotations
 
-import argparse
 import shutil
 import sys
-from collections.abc import Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from tracer.export import jsonl
-from tracer.kernel.session import Session
 from tracer.run import Totals, losses
 from tracer.transaction import Lookup, Transaction
+
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Sequence
+
+    from tracer.kernel.session import Session
 
 
 class Output(Protocol):
@@ -57,7 +60,7 @@ class JsonOutput:
             )
         )
         sys.stdout.buffer.flush()
-        from tracer.show import summary  # noqa: PLC0415
+        from tracer.show import summary
 
         for line in summary.losses(lost, unmatched):
             sys.stderr.write(f"dnstrace: {line}\n")
@@ -67,8 +70,8 @@ class TextOutput:
     """For people: lines or waterfalls on stdout, the summary on stderr."""
 
     def __init__(self, *, waterfalls: bool) -> None:
-        from tracer.show.live import LiveTable  # noqa: PLC0415
-        from tracer.show.summary import Summary  # noqa: PLC0415
+        from tracer.show.live import LiveTable
+        from tracer.show.summary import Summary
 
         self._waterfalls = waterfalls
         self._table = LiveTable(sys.stdout)
@@ -84,7 +87,7 @@ class TextOutput:
         if not self._waterfalls:
             self._table.write(items)
             return
-        from tracer.show import path  # noqa: PLC0415
+        from tracer.show import path
 
         width = shutil.get_terminal_size((80, 24)).columns
         for item in items:

@@ -13,21 +13,23 @@ import gc
 import select
 import signal
 import socket
-import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from types import FrameType
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from tracer.assemble import Assembler
-from tracer.cluster.identities import Identities
 from tracer.cluster.resolvers import Resolvers
 from tracer.correlate.lookups import Lookups
-from tracer.kernel.session import Session
 from tracer.kernel.symbols import kernel_symbol
 from tracer.record import Counter
-from tracer.transaction import Lookup, Transaction
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+    from types import FrameType
+
+    from tracer.cluster.identities import Identities
+    from tracer.kernel.session import Session
+    from tracer.transaction import Lookup, Transaction
 
 # How long records may lie in the ring: short when there are many, so that it does not run full.
 _IDLE_WAIT_S = 0.05
@@ -177,9 +179,3 @@ def losses(session: Session, totals: Totals) -> tuple[dict[str, int], dict[str, 
         "queries": totals.unanswered_at_end,
     }
     return lost, unmatched
-
-
-def say(message: str) -> None:
-    """One line for the person at the terminal."""
-    sys.stderr.write(f"dnstrace: {message}\n")
-    sys.stderr.flush()

@@ -6,8 +6,10 @@ Times are in nanoseconds. `None` is unknown. Field names and meanings are those 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 Status = Literal["answered", "timeout", "dropped", "refused"]
 HopKind = Literal["send", "ingress", "egress", "receive", "drop"]

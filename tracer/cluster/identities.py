@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable
 from contextlib import suppress
 from fnmatch import fnmatchcase
-from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from tracer.cluster.model import Inventory, Pod
-from tracer.transaction import Client
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+    from pathlib import Path
+
+    from tracer.cluster.model import Inventory, Pod
+    from tracer.transaction import Client
 
 _REWALK_S = 1.0
 _NOBODY = (None, None, None, None)

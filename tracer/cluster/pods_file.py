@@ -7,12 +7,14 @@ fields. Unknown fields are ignored, so that files may grow.
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import orjson
 
 from tracer.cluster.model import Container, Inventory, Node, Pod, Service
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 _SIZE_MAX = 256 << 20
 T = TypeVar("T")
@@ -90,7 +92,7 @@ def _pod(fields: _Fields) -> Pod:
         uid=fields.one("uid", str, ""),
         node=fields.one("node", str, "") or None,
         ips=fields.many("ips", str),
-        host_network=fields.one("host_network", bool, False),  # noqa: FBT003
+        host_network=fields.one("host_network", bool, False),
         netns=fields.one("netns", int, 0) or None,
         labels=_labels(fields.one("labels", dict, {})),
         containers=tuple(

@@ -5,12 +5,16 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
 from contextlib import suppress
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tracer.cluster.resolvconf import ResolvConf, parse
-from tracer.transaction import Client
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from tracer.transaction import Client
 
 _KEEP_S = 30.0
 _KNOWN_MAX = 4096
@@ -44,10 +48,12 @@ class Resolvers:
         return found
 
     def _find(self, client: Client) -> ResolvConf | None:
-        assert client.pid is not None
         for pid in (client.pid, *self._others(client)):
             with suppress(OSError):
-                if client.netns is not None and os.stat(f"/proc/{pid}/ns/net").st_ino != client.netns:
+                if (
+                    client.netns is not None
+                    and os.stat(f"/proc/{pid}/ns/net").st_ino != client.netns
+                ):
                     continue  # the number was given to another process
                 with open(f"/proc/{pid}/root/etc/resolv.conf", "rb") as file:
                     return parse(file.read(_FILE_MAX).decode("utf-8", "replace"))

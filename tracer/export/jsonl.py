@@ -33,7 +33,10 @@ NS_PER_S = 1_000_000_000
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
+_PLACES_MAX = 4096
+
 _seconds: dict[int, str] = {}
+_places: dict[tuple[str | None, int | None, int | None, str | None], tuple[str, str]] = {}
 
 
 def transaction(t: Transaction) -> bytes:
@@ -65,7 +68,7 @@ def transaction(t: Transaction) -> bytes:
             "client": _client(t.client),
             "server": _server(t.server),
             "backend": None if backend is None else _backend(backend),
-            "hops": [_hop(hop) for hop in t.hops],
+            "hops": _hops(t.hops),
             "upstream": None,
             "response_len": t.response_len,
             "problem": problem,
@@ -158,24 +161,55 @@ def _backend(backend: Backend) -> dict[str, Any]:
     return {"ip": ip, "port": port, "namespace": namespace, "pod": pod}
 
 
-def _hop(hop: Hop) -> dict[str, Any]:
-    kind, direction, t_ns, ifindex, ifname, netns, src, dst, owner, nat, reason, location = hop
-    shown = {
-        "kind": kind,
-        "direction": direction,
-        "t_ns": t_ns,
-        "ifname": ifname,
-        "ifindex": ifindex,
-        "netns": netns,
-        "src": address(src),
-        "dst": address(dst),
-        "owner": owner,
-        "nat": None if nat is None else _nat(nat),
-    }
-    if kind == "drop":
-        shown["reason"] = reason
-        shown["location"] = location
-    return shown
+def _hops(hops: tuple[Hop, ...]) -> orjson.Fragment:
+    """The list of hops. Put together from text, since it is the most of a line by far.
+
+    Only what comes out of the kernel as a number, an address or one of our own words is written
+    as it is; names go through the encoder, once for each place.
+    """
+    addresses: dict[Address, str] = {}
+    texts = []
+    for (
+        kind,
+        direction,
+        t_ns,
+        ifindex,
+        ifname,
+        netns,
+        src,
+        dst,
+        owner,
+        nat,
+        reason,
+        location,
+    ) in hops:
+        place = (ifname, ifindex, netns, owner)
+        named = _places.get(place)
+        if named is None:
+            if len(_places) >= _PLACES_MAX:
+                _places.clear()
+            named = _places[place] = (
+                _members({"ifname": ifname, "ifindex": ifindex, "netns": netns}),
+                _members({"owner": owner}),
+            )
+        source = addresses.get(src)
+        if source is None:
+            source = addresses[src] = address(src)
+        target = addresses.get(dst)
+        if target is None:
+            target = addresses[dst] = address(dst)
+        changed = "null" if nat is None else orjson.dumps(_nat(nat)).decode()
+        end = "" if kind != "drop" else "," + _members({"reason": reason, "location": location})
+        texts.append(
+            f'{{"kind":"{kind}","direction":"{direction}","t_ns":{t_ns},{named[0]},'
+            f'"src":"{source}","dst":"{target}",{named[1]},"nat":{changed}{end}}}'
+        )
+    return orjson.Fragment(f"[{','.join(texts)}]".encode())
+
+
+def _members(fields: dict[str, Any]) -> str:
+    """The members of an object, without its braces."""
+    return _line(fields)[1:-2].decode()
 
 
 def _nat(nat: Nat) -> dict[str, list[str]] | None:

@@ -12,8 +12,11 @@ import errno
 import os
 import platform
 import struct
-from collections.abc import Iterator
 from enum import IntEnum
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 _SYSCALL_NUMBERS = {"x86_64": 321, "aarch64": 280, "riscv64": 280, "ppc64le": 361, "s390x": 351}
 _NAME_LEN = 16
@@ -175,7 +178,7 @@ def program_load(
 def _kernel_version() -> int:
     """LINUX_VERSION_CODE, which kernels before 5.0 want to see for kprobes."""
     numbers = [int("".join(filter(str.isdigit, n)) or 0) for n in platform.release().split(".")[:3]]
-    major, minor, patch = (numbers + [0, 0, 0])[:3]
+    major, minor, patch = [*numbers, 0, 0, 0][:3]
     return (major << 16) + (minor << 8) + min(patch, 255)
 
 

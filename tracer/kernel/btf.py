@@ -54,9 +54,7 @@ class Btf:
         except OSError as error:
             raise BtfError(f"cannot read {path}: {error.strerror}") from error
         try:
-            magic, _, _, header_len, type_off, type_len, str_off, str_len = _HEADER.unpack_from(
-                data
-            )
+            magic, _, _, header_len, type_off, type_len, str_off, _ = _HEADER.unpack_from(data)
             if magic != _MAGIC:
                 raise BtfError(f"{path} is not BTF")
             position = header_len + type_off
@@ -121,7 +119,7 @@ class Btf:
             owner, position = self._locate(type_id)
             _, info, referred = _TYPE.unpack_from(owner.data, position)
             if info >> 24 & 31 == _FUNC_PROTO:
-                return info & 0xFFFF
+                return int(info & 0xFFFF)
             type_id = referred
         return 0
 
@@ -192,7 +190,7 @@ class Btf:
 
 
 def _index(data: bytes, position: int, end: int) -> list[int]:
-    positions = []
+    positions: list[int] = []
     append, unpack = positions.append, _TYPE.unpack_from
     per_element, once = _PER_ELEMENT, _ONCE
     while position < end:

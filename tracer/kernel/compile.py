@@ -15,13 +15,16 @@ import re
 import socket
 import struct
 import tempfile
-from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tracer.kernel.btf import Btf, BtfError
 from tracer.kernel.offsets import kernel_offsets
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 _BPF_PSEUDO_MAP_FD = 1
 _LD_IMM64 = 0x18
@@ -30,8 +33,12 @@ _MAX_MAPS = 64
 _INCLUDE = re.compile(r'^#include "(\w+\.h)"$', re.MULTILINE)
 
 # Programs, and the macro without which each is left out.
-PROGRAMS = {"packet": None, "packet_dropped": None,
-    "free_one_slot": None, "kprobe_packet": "OFFSET_argument_0"}
+PROGRAMS = {
+    "packet": None,
+    "packet_dropped": None,
+    "free_one_slot": None,
+    "kprobe_packet": "OFFSET_argument_0",
+}
 MAPS = (
     "slot_index",
     "free_slots",
@@ -167,16 +174,14 @@ class Compilation:
         _, status = os.waitpid(self._child, 0)
         if not payload:
             raise CompileError(f"the compiler died (status {status}); is there memory left?")
-        answer = pickle.loads(payload)
+        answer = pickle.loads(payload)  # noqa: S301 - our own child wrote it
         if isinstance(answer, str):
             raise CompileError(answer)
         instructions, drop_reasons = answer
         return Object(instructions, dict(zip(MAPS, fds, strict=True)), drop_reasons)
 
 
-def _compile_in_child(
-    channel: socket.socket, sizes: Mapping[str, int], *, kprobes: bool
-) -> None:
+def _compile_in_child(channel: socket.socket, sizes: Mapping[str, int], *, kprobes: bool) -> None:
     """Never returns. LLVM writes its complaints to stderr, which are sent along."""
     answer: str | tuple[dict[str, bytes], dict[int, str]]
     fds: list[int] = []
@@ -198,7 +203,7 @@ def _compile_in_child(
             )
         except ImportError:
             answer = "Python cannot import bcc: install it with 'apt-get install python3-bpfcc'"
-        except Exception as error:  # whatever it is, the parent must hear of it
+        except Exception as error:  # noqa: BLE001 - whatever it is, the parent must hear of it
             complaints.seek(0)
             said = complaints.read().decode(errors="replace").strip()
             answer = f"BCC cannot compile the programs: {error}\n{said}".strip()
@@ -209,9 +214,8 @@ def _compile_in_child(
 
 
 def _compile(macros: Mapping[str, int]) -> tuple[dict[str, bytes], list[int]]:
-    from bcc import BPF  # noqa: PLC0415 - LLVM must stay out of the parent
-
-    from bcc.libbcc import lib  # noqa: PLC0415
+    from bcc import BPF
+    from bcc.libbcc import lib
 
     flags = [f"-D{name}={value}" for name, value in macros.items()]
     module = BPF(text=source_text().encode(), cflags=["-Wno-unknown-warning-option", *flags])

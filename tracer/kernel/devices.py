@@ -9,14 +9,18 @@ from __future__ import annotations
 
 import os
 import select
-import socket
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from tracer.kernel import netns, rcu, rtnetlink
-from tracer.kernel.rtnetlink import Link
+
+if TYPE_CHECKING:
+    import socket
+
+    from tracer.kernel.rtnetlink import Link
 
 _ARPHRD_ETHER = 1
 # Devices whose packets start with the IP header (include/uapi/linux/if_arp.h).
@@ -148,15 +152,15 @@ class Devices:
         horizon = time.monotonic() - _FORGET_AFTER_S
         while self._gone and self._gone[0][0] < horizon:
             _, key = self._gone.pop(0)
-            namespace = self._namespaces.get(key[0])
-            if not namespace or key[1] not in namespace.links:
+            owner = self._namespaces.get(key[0])
+            if owner is None or key[1] not in owner.links:
                 self._known.pop(key, None)
 
     @staticmethod
     def _may_be_node_side(fd: int) -> bool:
         """A quick no for most pods: loopback and one more device."""
         with netns.entered(fd):
-            return netns.device_count() > 2  # noqa: PLR2004
+            return netns.device_count() > 2
 
     def _add_namespace(self, inode: int, fd: int, required: bool) -> bool:
         with netns.entered(fd):
@@ -164,8 +168,10 @@ class Devices:
             namespace = _Namespace(inode, fd, changes)
             devices = rtnetlink.links()
             if not required:
-                peers = {d.peer_nsid for d in devices if d.kind == "veth" and d.peer_nsid is not None}
-                if len(peers) < 2:  # noqa: PLR2004
+                peers = {
+                    d.peer_nsid for d in devices if d.kind == "veth" and d.peer_nsid is not None
+                }
+                if len(peers) < 2:
                     changes.close()
                     return False
             self._namespaces[inode] = namespace

@@ -8,13 +8,17 @@ the verifier then drops what that copy does not need.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tracer.kernel import bpf, kprobes
 from tracer.kernel.bpf import AttachType, ProgramType
-from tracer.kernel.compile import Object
 from tracer.record import HopKind
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from pathlib import Path
+
+    from tracer.kernel.compile import Object
 
 # The marks of bpf/dnstrace.bpf.c.
 _MARK_NETNS = 0x646E737472616301

@@ -10,9 +10,12 @@ takes some 30 µs.
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 _KNOB = Path("/sys/kernel/rcu_expedited")
 # Puts the knob back when its standard input ends: with us, if we are killed.
@@ -37,10 +40,8 @@ def expedited() -> Iterator[None]:
         yield
         return
     try:
-        try:
+        with suppress(OSError):  # a read-only /sys, as in most containers
             _KNOB.write_text("1")
-        except OSError:  # a read-only /sys, as in most containers
-            pass
         yield
     finally:
         guard.communicate()

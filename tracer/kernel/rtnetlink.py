@@ -10,8 +10,11 @@ from __future__ import annotations
 import os
 import socket
 import struct
-from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 _HEADER = struct.Struct("=IHHII")  # nlmsghdr
 _IFINFO = struct.Struct("=BxHiII")  # ifinfomsg
@@ -42,8 +45,10 @@ def links() -> list[Link]:
     """All devices. Raises OSError."""
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE) as channel:
         request = _IFINFO.pack(socket.AF_UNSPEC, 0, 0, 0, 0)
-        channel.send(_HEADER.pack(16 + len(request), _RTM_GETLINK, _REQUEST | _DUMP, 1, 0) + request)
-        found = []
+        channel.send(
+            _HEADER.pack(16 + len(request), _RTM_GETLINK, _REQUEST | _DUMP, 1, 0) + request
+        )
+        found: list[Link] = []
         while True:
             for kind, body in _messages(channel.recv(1 << 18)):
                 if kind == _NLMSG_DONE:

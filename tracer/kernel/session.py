@@ -5,13 +5,9 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Literal
 
 from tracer.kernel import bpf, kprobes, netns, programs
 from tracer.kernel.compile import Compilation, CompileError, Object
@@ -19,6 +15,12 @@ from tracer.kernel.devices import Device, Devices
 from tracer.kernel.ring import Ring
 from tracer.kernel.table import Table
 from tracer.record import LARGE_RECORD, SMALL_RECORD, Counter, HopKind, Wanted
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterator
+
+    import numpy as np
+    from numpy.typing import NDArray
 
 _U32 = struct.Struct("=I")
 _U64 = struct.Struct("=Q")
@@ -64,6 +66,7 @@ class Session:
     rings: tuple[Ring, Ring]
     page_size: int = field(default_factory=lambda: os.sysconf("SC_PAGESIZE"))
     _links: list[int] = field(default_factory=list)
+    _port_words: Collection[int] = ()  # where bits are set in the kernel's table of ports
     _device_programs: dict[tuple[int, int], dict[HopKind, int]] = field(default_factory=dict)
     devices: Devices = field(init=False)
 
@@ -113,11 +116,12 @@ class Session:
     def select(self, selection: Selection) -> None:
         """Changes what is traced, while tracing."""
         fds = self.built.map_fds
-        words: dict[int, int] = {}
+        words = dict.fromkeys(self._port_words, 0)
         for port in selection.ports:
             words[port >> 6] = words.get(port >> 6, 0) | 1 << (port & 63)
         for word, bits in words.items():
             bpf.map_update(fds["dns_ports"], _U32.pack(word), _U64.pack(bits))
+        self._port_words = words.keys()
         _replace(fds["wanted_netns"], {_U32.pack(inode) for inode in selection.netns}, 4)
         _replace(fds["wanted_cgroups"], {_U64.pack(i) for i in selection.cgroup_ids}, 8)
         wanted = 0

@@ -9,13 +9,17 @@ from __future__ import annotations
 
 import mmap
 import struct
-from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
 from tracer.kernel import bpf
 from tracer.record import TRANSACTION
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from numpy.typing import NDArray
 
 _U32 = struct.Struct("=I")
 _KEY = struct.Struct("=16s2s2sI")
