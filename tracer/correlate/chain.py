@@ -78,7 +78,6 @@ class Asked(NamedTuple):
     type: str | None
     dns_id: int
     port: int
-    protocol: str
     edns: bool
     start_ns: int
     end_ns: int  # where unknown: of an answer its start, of none the time of giving up
@@ -104,7 +103,6 @@ def asked(t: Transaction, name: str, now_ns: int) -> Asked:
         t.type,
         t.dns_id,
         t.client.port,
-        t.protocol,
         t.query[10:12] != _NO_RECORDS,
         t.time_ns,
         end_ns,
