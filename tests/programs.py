@@ -195,7 +195,9 @@ class Programs:
         assert self.index() == set()
         free = list(self._pop_free_slots())
         for number in free:
-            bpf.map_update(self.session.built.map_fds["free_slots"], None, struct.pack("=I", number))
+            bpf.map_update(
+                self.session.built.map_fds["free_slots"], None, struct.pack("=I", number)
+            )
         assert Tally(free) == Tally(range(SLOTS))
 
     def _pop_free_slots(self) -> Iterator[int]:
