@@ -171,6 +171,14 @@ static __always_inline bool is_wanted(struct sender *sender)
 	return false;
 }
 
+static __always_inline bool is_paused(void)
+{
+	u32 zero = 0;
+	struct settings *set = settings.lookup(&zero);
+
+	return !set || set->paused;
+}
+
 /* Whether everything is traced, so that a query may begin at any hook. */
 static __always_inline bool is_unfiltered(void)
 {
@@ -231,6 +239,8 @@ static __always_inline void seen(struct source *source, u64 skb, struct message 
 		sender.netns = place->netns;
 		sender.pid = bpf_get_current_pid_tgid() >> 32;
 		sender.cgroup_id = bpf_get_current_cgroup_id();
+		if (is_paused())
+			return;
 		if (!is_wanted(&sender)) {
 			count(COUNT_FILTERED);
 			return;
@@ -261,7 +271,7 @@ static __always_inline void seen(struct source *source, u64 skb, struct message 
 			count(COUNT_UNMATCHED_RESPONSES);
 		return;
 	} else {
-		if (!sent && !is_unfiltered())
+		if (!sent && (is_paused() || !is_unfiltered()))
 			return;
 		count(COUNT_STARTED);
 		variant = free_variant(message, &asked, &number);

@@ -100,7 +100,7 @@ enum counter {
 struct settings {
 	u64 wanted; /* bits of enum wanted; 0: everything */
 	u32 pid;
-	u32 pad;
+	u32 paused; /* 1: nothing begins, since not all hooks are in place */
 };
 
 enum wanted { WANT_CGROUP = 1, WANT_NETNS = 2, WANT_PID = 4, WANT_SERVER_SIDE = 8 };

@@ -37,6 +37,7 @@ _BUSY_WAIT_S = 0.01
 _BUSY_FILL = 0.1
 _SWEEP_NS = 250_000_000
 _GC_THRESHOLD = 50_000
+_LAST_ANSWERS_S = 0.05  # for what was asked just before the end
 
 
 class Output(Protocol):
@@ -123,6 +124,9 @@ class Trace:
                 self._show(lookups.expire(time.time_ns()))
             busy = self.session.fill() > _BUSY_FILL
             stop.wait(_BUSY_WAIT_S if busy else _IDLE_WAIT_S)
+        self.session.pause()
+        if self.session.table.in_flight():
+            time.sleep(_LAST_ANSWERS_S)
         self.session.detach()
         for batch in self.session.read():
             self._take(assembler.assemble(batch), lookups, resolvers)

@@ -66,6 +66,9 @@ class Session:
     rings: tuple[Ring, Ring]
     page_size: int = field(default_factory=lambda: os.sysconf("SC_PAGESIZE"))
     _links: list[int] = field(default_factory=list)
+    # While only some hooks are in place, a query could begin that would never be seen to end.
+    _paused: bool = True
+    _settings: tuple[int, int] = (0, 0)
     _port_words: Collection[int] = ()  # where bits are set in the kernel's table of ports
     _device_programs: dict[tuple[int, int], dict[HopKind, int]] = field(default_factory=dict)
     devices: Devices = field(init=False)
@@ -108,6 +111,7 @@ class Session:
             programs.fill_free_slots(built, limits.slots)
             session.select(selection)
             session._attach()
+            session._set(paused=False)
         except BaseException:
             session.close()
             raise
@@ -133,8 +137,17 @@ class Session:
             wanted |= Wanted.PID
         if selection.server_side:
             wanted |= Wanted.SERVER_SIDE
-        settings = _SETTINGS.pack(wanted, selection.pid or 0, 0)
-        bpf.map_update(fds["settings"], _U32.pack(0), settings)
+        self._settings = (wanted, selection.pid or 0)
+        self._set(paused=self._paused)
+
+    def pause(self) -> None:
+        """Nothing begins any more; what is in flight goes on."""
+        self._set(paused=True)
+
+    def _set(self, *, paused: bool) -> None:
+        self._paused = paused
+        settings = _SETTINGS.pack(*self._settings, paused)
+        bpf.map_update(self.built.map_fds["settings"], _U32.pack(0), settings)
 
     def read(self) -> Iterator[NDArray[np.void]]:
         """What has left the kernel by now, in batches that keep this process small."""
