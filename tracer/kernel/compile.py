@@ -156,15 +156,16 @@ def source_text() -> str:
 class Compilation:
     """A compilation under way in a child process. `sizes` are those of maps (see bpf/maps.h).
 
-    Start it before anything else is imported or any thread runs: the child is a fork.
+    `more` is C that is compiled along, such as assertions. Start it before anything else is
+    imported or any thread runs: the child is a fork.
     """
 
-    def __init__(self, sizes: Mapping[str, int], *, kprobes: bool) -> None:
+    def __init__(self, sizes: Mapping[str, int], *, kprobes: bool, more: str = "") -> None:
         self._channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         self._child = os.fork()
         if self._child == 0:
             self._channel.close()
-            _compile_in_child(theirs, sizes, kprobes=kprobes)
+            _compile_in_child(theirs, sizes, more, kprobes=kprobes)
         theirs.close()
 
     def result(self) -> Object:
@@ -181,7 +182,9 @@ class Compilation:
         return Object(instructions, dict(zip(MAPS, fds, strict=True)), drop_reasons)
 
 
-def _compile_in_child(channel: socket.socket, sizes: Mapping[str, int], *, kprobes: bool) -> None:
+def _compile_in_child(
+    channel: socket.socket, sizes: Mapping[str, int], more: str, *, kprobes: bool
+) -> None:
     """Never returns. LLVM writes its complaints to stderr, which are sent along."""
     answer: str | tuple[dict[str, bytes], dict[int, str]]
     fds: list[int] = []
@@ -193,7 +196,8 @@ def _compile_in_child(channel: socket.socket, sizes: Mapping[str, int], *, kprob
             with tempfile.TemporaryDirectory(prefix="dnstrace-") as tree:
                 _write_include_tree(Path(tree))
                 os.environ["BCC_KERNEL_SOURCE"] = tree
-                instructions, fds = _compile({**kernel_offsets(btf, kprobes=kprobes), **sizes})
+                macros = {**kernel_offsets(btf, kprobes=kprobes), **sizes}
+                instructions, fds = _compile(source_text() + more, macros)
             reasons = btf.enumerators("skb_drop_reason").items()
             answer = (instructions, {n: r.removeprefix("SKB_DROP_REASON_") for n, r in reasons})
         except BtfError as error:
@@ -213,12 +217,12 @@ def _compile_in_child(channel: socket.socket, sizes: Mapping[str, int], *, kprob
     os._exit(0)
 
 
-def _compile(macros: Mapping[str, int]) -> tuple[dict[str, bytes], list[int]]:
+def _compile(text: str, macros: Mapping[str, int]) -> tuple[dict[str, bytes], list[int]]:
     from bcc import BPF
     from bcc.libbcc import lib
 
     flags = [f"-D{name}={value}" for name, value in macros.items()]
-    module = BPF(text=source_text().encode(), cflags=["-Wno-unknown-warning-option", *flags])
+    module = BPF(text=text.encode(), cflags=["-Wno-unknown-warning-option", *flags])
     fds = [lib.bpf_table_fd(module.module, name.encode()) for name in MAPS]
     numbers = {fd: number for number, fd in enumerate(fds)}
     instructions = {
