@@ -180,12 +180,20 @@ class Programs:
 
     def reset(self) -> None:
         """Nothing in flight, nothing in the rings, everything wanted, DNS on port 53."""
+        self.session._set(paused=False)
         self.session.select(Selection())
         while self.in_flight():
             self.expire()
         self.records()
         bpf.map_update(self.session.built.map_fds["variant_last_ns"], bytes(4), bytes(8))
         self._counted_before = self.session.counters()
+
+    def check_accounts(self, expired: int = 0) -> None:
+        """Whatever began is in exactly one place. `expired`: how many `expire` has ended."""
+        counted = self.counted()
+        ended = (Counter.EMITTED, Counter.RING_FULL, Counter.TABLE_FULL)
+        accounted = sum(counted.get(counter, 0) for counter in ended) + expired + self.in_flight()
+        assert counted.get(Counter.STARTED, 0) == accounted
 
     def check_nothing_leaked(self) -> None:
         """With nothing in flight, the index must be empty, and each slot free, once."""

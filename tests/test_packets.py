@@ -634,6 +634,19 @@ def test_query_of_another_namespace_is_counted_and_left_alone(kernel: Programs) 
     assert kernel.in_flight() == 1
 
 
+@pytest.mark.parametrize("hook", HOOKS, ids=lambda hook: hook.name.lower())
+def test_nothing_begins_during_a_pause_and_what_is_in_flight_goes_on(
+    kernel: Programs, hook: HopKind
+) -> None:
+    ask(kernel)
+    kernel.session.pause()
+    kernel.show(hook, p.query_packet(dns_query(dns_id=1)))
+    assert kernel.in_flight() == 1
+    answer(kernel)
+    assert kernel.record().hops == [(SEND, 0, 0), (RECEIVE, 1, 0)]
+    assert kernel.counted() == {Counter.STARTED: 1, Counter.EMITTED: 1}
+
+
 # Queries that share a client's socket and id.
 
 
@@ -717,7 +730,7 @@ def test_variant_too_many_is_counted(kernel: Programs) -> None:
         ask(kernel, name=other_name(number))
     assert kernel.in_flight() == MAX_VARIANTS
     assert kernel.counted()[Counter.TABLE_FULL] == 2
-    check_accounts(kernel, 0)
+    kernel.check_accounts()
 
 
 def test_query_asked_again_is_an_attempt_more(kernel: Programs) -> None:
@@ -750,19 +763,11 @@ def test_each_of_several_queries_with_one_id_can_be_asked_again(kernel: Programs
 # When there is more than there is room for.
 
 
-def check_accounts(kernel: Programs, expired: int) -> None:
-    """Whatever began is in exactly one place."""
-    counted = kernel.counted()
-    ended = [Counter.EMITTED, Counter.RING_FULL, Counter.TABLE_FULL]
-    accounted = sum(counted.get(counter, 0) for counter in ended) + expired + kernel.in_flight()
-    assert counted.get(Counter.STARTED, 0) == accounted
-
-
 def test_full_table_gives_up_the_oldest(kernel: Programs) -> None:
     asked = 3 * SLOTS
     for number in range(asked):
         ask(kernel, dns_id=number)
-        check_accounts(kernel, 0)
+        kernel.check_accounts()
     assert kernel.counted() == {Counter.STARTED: asked, Counter.TABLE_FULL: asked - SLOTS}
     assert [record["dns_id"] for record in kernel.expire()] == [*range(asked - SLOTS, asked)]
 
@@ -774,7 +779,7 @@ def test_full_ring_is_counted_and_flows_again_once_read(kernel: Programs) -> Non
         for number in range(asked):
             ask(kernel, dns_id=number)
             answer(kernel, dns_id=number)
-            check_accounts(kernel, 0)
+            kernel.check_accounts()
         assert kernel.counted() == {
             Counter.STARTED: asked,
             Counter.EMITTED: SMALL_RECORDS,
@@ -902,7 +907,7 @@ def test_everything_at_once_is_accounted_for(kernel: Programs) -> None:
             kernel.show(INGRESS, p.query_packet(dns_query(dns_id=number + 1000)))
         if number % 20 == 0:
             expired += len(kernel.expire())
-        check_accounts(kernel, expired)
+        kernel.check_accounts(expired)
     counted = kernel.counted()
     assert counted[Counter.EMITTED] == SMALL_RECORDS == len(kernel.records())
     assert min(expired, counted[Counter.RING_FULL], counted[Counter.TABLE_FULL]) > 0

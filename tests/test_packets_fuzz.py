@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from tests import packets as p
 from tests.packets import FLOW, FLOW6, Flow, dns, dns_query, dns_response, ethernet
-from tests.programs import HOOKS, Programs, loaded_programs
+from tests.programs import HOOKS, loaded_programs
 from tracer.assemble import Assembler
 from tracer.export import jsonl
 from tracer.kernel.bpf import BpfError
@@ -143,13 +143,6 @@ def check_lines(records: list[Record]) -> None:
         assert record["response_captured"] <= record["response_len"]
 
 
-def check_accounts(kernel: Programs, expired: int) -> None:
-    counted = kernel.counted()
-    ended = (Counter.EMITTED, Counter.RING_FULL, Counter.TABLE_FULL)
-    accounted = sum(counted.get(counter, 0) for counter in ended) + expired + kernel.in_flight()
-    assert counted.get(Counter.STARTED, 0) == accounted
-
-
 @given(st.lists(STEP, min_size=15, max_size=60))
 def test_whatever_is_sent_passes_and_is_accounted_for(
     steps: list[tuple[HopKind, bytes] | str],
@@ -169,7 +162,7 @@ def test_whatever_is_sent_passes_and_is_accounted_for(
                         kernel.run(hook, frame)
                     except BpfError:  # the kernel itself takes it for no packet
                         continue
-            check_accounts(kernel, expired)
+            kernel.check_accounts(expired)
 
 
 def test_what_the_fuzzer_starts_from_is_dns() -> None:
