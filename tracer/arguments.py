@@ -122,7 +122,15 @@ def _add_tracing(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--count", type=_positive, metavar="N", help="stop after N transactions")
     how.add_argument("--timeout", type=_timeout, default=5 * 10**9, metavar="TIME",
                      help="how long a query may stay unanswered (default 5s, at most 60s)")  # fmt: skip
-    how.add_argument("--pods", type=Path, metavar="FILE", help="pod metadata from a file")
+    how.add_argument(
+        "--pods",
+        type=Path,
+        metavar="FILE",
+        help="pod metadata from a file (default: the lab's, if it is up)",
+    )
+    how.add_argument(
+        "--no-kubernetes", action="store_true", help="no pod metadata: processes and addresses only"
+    )
     how.add_argument("--hooks", choices=("auto", "kprobe", "tracepoint"), default="auto",
                      help="how sockets are watched (default: what this kernel offers)")  # fmt: skip
     how.add_argument("--max-in-flight", type=_slots, default=8192, metavar="N",

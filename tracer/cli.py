@@ -15,10 +15,11 @@ if TYPE_CHECKING:
     import argparse
 
     from tracer.cluster.identities import Identities
+    from tracer.cluster.model import Inventory
     from tracer.kernel.session import Selection, Session
 
 OK, FAILED, USAGE, UNSUPPORTED = 0, 1, 2, 3
-_RUNTIME_PODS = Path("/run/dnstrace-lab/pods.json")
+_LAB_PODS = Path("/run/dnstrace-lab/pods.json")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -42,9 +43,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _trace(args: argparse.Namespace) -> int:
-    from tracer.cluster import pods_file
     from tracer.cluster.identities import Identities
-    from tracer.cluster.model import Inventory
+    from tracer.cluster.pods_file import PodsFileError
     from tracer.filters import Filters
     from tracer.kernel import netns
     from tracer.kernel.session import Limits, Session, Unsupported
@@ -67,8 +67,8 @@ def _trace(args: argparse.Namespace) -> int:
     )
     try:
         keep = filters.predicate()
-        inventory = pods_file.load(args.pods) if args.pods else Inventory()
-    except (ValueError, pods_file.PodsFileError) as error:
+        inventory = _inventory(args)
+    except (ValueError, PodsFileError) as error:
         say(str(error))
         return USAGE
     if os.geteuid() != 0:
@@ -114,6 +114,21 @@ def say(message: str) -> None:
     sys.stderr.flush()
 
 
+def _inventory(args: argparse.Namespace) -> Inventory:
+    """What is known of pods. Raises PodsFileError."""
+    from tracer.cluster import pods_file
+    from tracer.cluster.model import Inventory
+
+    if args.no_kubernetes:
+        return Inventory()
+    if args.pods:
+        return pods_file.load(args.pods)
+    if _LAB_PODS.exists():
+        say(f"pods are those of the lab ({_LAB_PODS})")
+        return pods_file.load(_LAB_PODS)
+    return Inventory()
+
+
 def _selection(args: argparse.Namespace, identities: Identities) -> Selection:
     """What the kernel itself can filter by; the rest is filtered afterwards."""
     from tracer.kernel.session import Selection
@@ -131,8 +146,7 @@ def _unknown_pods(args: argparse.Namespace, identities: Identities) -> str | Non
         return None
     pods = identities.inventory.pods
     if not pods:
-        hint = f" (the lab's is {_RUNTIME_PODS})" if _RUNTIME_PODS.exists() else ""
-        return f"--namespace and --pod need to know the pods: give --pods FILE{hint}"
+        return "--namespace and --pod need to know the pods: give --pods FILE"
     for namespace in args.namespace:
         known = sorted({pod.namespace for pod in pods})
         if namespace not in known:
