@@ -45,6 +45,7 @@ class Ring:
         self._consumer = ctypes.c_uint64.from_buffer(self._consumer_map)
         self._producer = np.frombuffer(self._producer_map, np.uint64, 1)
         self._data = np.frombuffer(self._producer_map, np.uint8, size, offset=page)
+        self._words = self._data.view(np.uint32)
 
     def fill(self) -> float:
         """The share of the ring that is waiting to be read, 0 to 1."""
@@ -57,20 +58,25 @@ class Ring:
     def read(self, at_most: int) -> NDArray[np.void]:
         """Complete records, copied out, oldest first; what they took is free again."""
         start = self._consumer.value
+        at = start % self._size
         count = min(self.pending(), at_most)
+        # Lengths come first: what is complete by now stays so, while what was written during a
+        # copy might be there in part. A length never wraps, since everything is a multiple of 8.
+        starts = (at + np.arange(count) * self._stride) % self._size
+        lengths = self._words[starts // 4]
+        busy = np.flatnonzero(lengths & _BUSY)
+        if len(busy):
+            count = int(busy[0])
+            lengths = lengths[:count]
         if count == 0:
             return np.empty(0, self._framed["record"])
-        at = start % self._size
         wanted = count * self._stride
         first = self._data[at : at + wanted]
         if len(first) < wanted:
             joined = np.concatenate([first, self._data[: wanted - len(first)]])
         else:
             joined = first.copy()
-        batch = joined.view(self._framed)
-        busy = np.flatnonzero(batch["length"] & _BUSY)
-        if len(busy):
-            batch = batch[: busy[0]]
-        self._consumer.value = start + len(batch) * self._stride
-        whole = (batch["length"] & _DISCARDED) == 0
-        return batch["record"] if whole.all() else batch["record"][whole]
+        self._consumer.value = start + wanted
+        records = joined.view(self._framed)["record"]
+        whole = (lengths & _DISCARDED) == 0
+        return records if whole.all() else records[whole]
