@@ -54,6 +54,7 @@ _STATUSES: dict[int, Status] = {
     Code.TIMEOUT: "timeout",
     Code.REFUSED: "refused",
 }
+_CLOCK_STEP_NS = 10_000_000
 _MAPPED_IPV4 = bytes(10) + b"\xff\xff"
 
 
@@ -88,6 +89,7 @@ class Assembler:
         self._names = names
         self._drop_reasons = drop_reasons
         self._symbol = symbol
+        self._epoch_ns = 0
 
     def assemble(self, batch: NDArray[np.void]) -> Iterator[Transaction]:
         """The transactions of a batch of records, or of bare slots that were never answered."""
@@ -96,7 +98,7 @@ class Assembler:
             slots, responses = batch["transaction"], batch["response"].tolist()
         else:
             slots, responses = batch, itertools.repeat(b"", len(batch))
-        to_epoch_ns = time.time_ns() - time.monotonic_ns()
+        to_epoch_ns = self._to_epoch_ns()
         first_flow = slots["flows"][:, 0]
         hops = _Hops(slots)
         name_client, name_service, name_pod = (
@@ -166,6 +168,13 @@ class Assembler:
                 response_len if response_captured else None,
                 functools.partial(self._make_hops, hops, row, client),
             )
+
+    def _to_epoch_ns(self) -> int:
+        """What turns CLOCK_MONOTONIC into time since 1970: the same until the clock is set."""
+        now_ns = time.time_ns() - time.monotonic_ns()
+        if abs(now_ns - self._epoch_ns) > _CLOCK_STEP_NS:
+            self._epoch_ns = now_ns
+        return self._epoch_ns
 
     def _make_hops(self, hops: _Hops, row: int, client: Client) -> tuple[Hop, ...]:
         flows, places = hops.of(row)

@@ -45,6 +45,7 @@ def main(argv: list[str] | None = None) -> int:
 def _trace(args: argparse.Namespace) -> int:
     from tracer.cluster.identities import Identities
     from tracer.cluster.pods_file import PodsFileError
+    from tracer.correlate.lookups import Lookups
     from tracer.filters import Filters
     from tracer.kernel import netns
     from tracer.kernel.session import Limits, Session, Unsupported
@@ -100,7 +101,10 @@ def _trace(args: argparse.Namespace) -> int:
         from tracer.output import make_output
 
         output = make_output(args)
-        trace = Trace(session, identities, keep, output, args.timeout, args.count, Totals())
+        lookups = None if filters.tear_lookups or args.command == "path" else Lookups()
+        trace = Trace(
+            session, identities, keep, lookups, output, args.timeout, args.count, Totals()
+        )
         trace.run(stop)
         output.finish(session, trace.totals)
     finally:

@@ -47,6 +47,14 @@ class Filters:
     backend: str | None = None
     side: Side = "client"
 
+    @property
+    def tear_lookups(self) -> bool:
+        """Whether one application's queries may be kept in part, so that lookups make no sense."""
+        of_transactions = (
+            self.name, self.type, self.rcode, self.failed, self.slower, self.server, self.backend
+        )  # fmt: skip
+        return any(of_transactions) or self.side == "server"
+
     def predicate(self) -> Predicate:
         """Whether a transaction is asked for. ValueError says which value makes no sense."""
         checks = [

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 from typing import TYPE_CHECKING, Protocol
 
@@ -62,6 +61,7 @@ class JsonOutput:
         sys.stdout.buffer.flush()
         from tracer.show import summary
 
+        lost.pop("filtered")
         for line in summary.losses(lost, unmatched):
             sys.stderr.write(f"dnstrace: {line}\n")
 
@@ -71,10 +71,10 @@ class TextOutput:
 
     def __init__(self, *, waterfalls: bool) -> None:
         from tracer.show.live import LiveTable
+        from tracer.show.path import PathView
         from tracer.show.summary import Summary
 
-        self._waterfalls = waterfalls
-        self._table = LiveTable(sys.stdout)
+        self._view = PathView(sys.stdout) if waterfalls else LiveTable(sys.stdout)
         self._summary = Summary()
 
     def write(self, items: Sequence[Transaction | Lookup]) -> None:
@@ -84,16 +84,7 @@ class TextOutput:
                 self._summary.add_lookup(item)
             else:
                 self._summary.add(item)
-        if not self._waterfalls:
-            self._table.write(items)
-            return
-        from tracer.show import path
-
-        width = shutil.get_terminal_size((80, 24)).columns
-        for item in items:
-            if isinstance(item, Transaction):
-                sys.stdout.write(path.render(item, width) + "\n\n")
-        sys.stdout.flush()
+        self._view.write(items)
 
     def finish(self, session: Session, totals: Totals) -> None:
         """The summary, in words."""

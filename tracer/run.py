@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING, Protocol
 
 from tracer.assemble import Assembler
 from tracer.cluster.resolvers import Resolvers
-from tracer.correlate.lookups import Lookups
 from tracer.kernel.symbols import kernel_symbol
 from tracer.record import Counter
 
 if TYPE_CHECKING:
+    from tracer.correlate.lookups import Lookups
     from collections.abc import Callable, Iterable, Sequence
     from types import FrameType
 
@@ -92,11 +92,15 @@ class Stop:
 
 @dataclass(slots=True)
 class Trace:
-    """A trace under way. `keep` is the user's filter; `count` how many transactions to show."""
+    """A trace under way. `keep` is the user's filter; `count` how many transactions to show.
+
+    `lookups` is None where transactions are not to be grouped.
+    """
 
     session: Session
     identities: Identities
     keep: Callable[[Transaction], bool]
+    lookups: Lookups | None
     output: Output
     timeout_ns: int
     count: int | None
@@ -111,17 +115,17 @@ class Trace:
         started_ns = time.monotonic_ns()
         assembler = Assembler(self.identities, self.session.built.drop_reasons, kernel_symbol)
         resolvers = Resolvers(self.identities.cgroups_of)
-        lookups = Lookups()
         next_sweep_ns = 0
         while not stop.now() and not self._enough():
             now_ns = time.monotonic_ns()
             for batch in self.session.read():
-                self._take(assembler.assemble(batch), lookups, resolvers)
+                self._take(assembler.assemble(batch), resolvers)
             if now_ns >= next_sweep_ns:
                 next_sweep_ns = now_ns + _SWEEP_NS
                 expired = self.session.table.expire(now_ns - self.timeout_ns)
-                self._take(assembler.assemble(expired), lookups, resolvers)
-                self._show(lookups.expire(time.time_ns()))
+                self._take(assembler.assemble(expired), resolvers)
+                if self.lookups is not None:
+                    self._show(self.lookups.expire(time.time_ns()))
             busy = self.session.fill() > _BUSY_FILL
             stop.wait(_BUSY_WAIT_S if busy else _IDLE_WAIT_S)
         self.session.pause()
@@ -129,20 +133,19 @@ class Trace:
             time.sleep(_LAST_ANSWERS_S)
         self.session.detach()
         for batch in self.session.read():
-            self._take(assembler.assemble(batch), lookups, resolvers)
+            self._take(assembler.assemble(batch), resolvers)
         while len(waiting := self.session.table.expire(time.monotonic_ns())):
             self.totals.unanswered_at_end += len(waiting)
-            self._take(assembler.assemble(waiting), lookups, resolvers)
-        self._show(lookups.flush())
-        self.totals.lookups_cut_short = lookups.evicted
+            self._take(assembler.assemble(waiting), resolvers)
+        if self.lookups is not None:
+            self._show(self.lookups.flush())
+            self.totals.lookups_cut_short = self.lookups.evicted
         self.totals.duration_ns = time.monotonic_ns() - started_ns
 
     def _enough(self) -> bool:
         return self.count is not None and self.totals.transactions >= self.count
 
-    def _take(
-        self, transactions: Iterable[Transaction], lookups: Lookups, resolvers: Resolvers
-    ) -> None:
+    def _take(self, transactions: Iterable[Transaction], resolvers: Resolvers) -> None:
         items: list[Transaction | Lookup] = []
         now_ns = time.time_ns()
         for t in transactions:
@@ -153,9 +156,10 @@ class Trace:
                 break
             self.totals.transactions += 1
             items.append(t)
-            found = lookups.feed(t, resolvers.of(t.client), now_ns)
-            self.totals.lookups += len(found)
-            items += found
+            if self.lookups is not None:
+                found = self.lookups.feed(t, resolvers.of(t.client), now_ns)
+                self.totals.lookups += len(found)
+                items += found
         if items:
             self.output.write(items)
 
