@@ -120,6 +120,12 @@ class Programs:
     _loaded: dict[tuple[HopKind, int, int], int] = field(default_factory=dict)
     _counted_before: dict[Counter, int] = field(default_factory=dict)
 
+    def close(self) -> None:
+        for program in self._loaded.values():
+            os.close(program)
+        self._loaded.clear()
+        self.session.close()
+
     def program(self, hook: HopKind, netns: int = NODE, l2_len: int = 14) -> int:
         """A descriptor of the program; each is loaded once."""
         built = self.session.built
@@ -229,14 +235,21 @@ def _built() -> Programs:
     return Programs(Session(built, "tracepoint", Table(built.map_fds, SLOTS), rings))
 
 
+def unload_programs() -> None:
+    """Takes the programs away, so that who looks for any that were left behind finds none."""
+    if _built.cache_info().currsize:
+        _built().close()
+        _built.cache_clear()
+
+
 @contextlib.contextmanager
 def loaded_programs() -> Iterator[Programs]:
-    """The programs, compiled once for all tests, with nothing in their tables before and after."""
+    """The programs, compiled once until `unload_programs`; their tables are empty on both ends."""
     kernel = _built()
     try:
         kernel.reset()
         yield kernel
         kernel.check_nothing_leaked()
     except BaseException:
-        _built.cache_clear()  # what one test leaves in the tables must not fail the next
+        unload_programs()  # what one test leaves in the tables must not fail the next
         raise

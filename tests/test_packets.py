@@ -29,6 +29,7 @@ from tests.programs import (
     SMALL_RECORDS,
     Programs,
     loaded_programs,
+    unload_programs,
 )
 from tracer.kernel import bpf
 from tracer.kernel.session import Selection
@@ -174,6 +175,12 @@ UNDECODABLE = {
     "a response to the server": p.query_packet(dns_response()),
     "nothing over IPv6": p.query_packet(b"", FLOW6),
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _nothing_stays_loaded() -> Iterator[None]:
+    yield
+    unload_programs()
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from tests import packets as p
 from tests.packets import FLOW, FLOW6, Flow, dns, dns_query, dns_response, ethernet
-from tests.programs import HOOKS, loaded_programs
+from tests.programs import HOOKS, loaded_programs, unload_programs
 from tracer.assemble import Assembler
 from tracer.export import jsonl
 from tracer.kernel.bpf import BpfError
@@ -127,6 +127,12 @@ class Nobody:
 
 
 ASSEMBLER = Assembler(Nobody(), {}, lambda _: None)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _nothing_stays_loaded() -> Iterator[None]:
+    yield
+    unload_programs()
 
 
 def check_lines(records: list[Record]) -> None:
