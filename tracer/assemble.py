@@ -192,6 +192,8 @@ class Assembler:
             if named is None:
                 named = hops.places[where] = self._names.place(netns, ifindex)
             ifname, owner = named
+            if kind == Kind.DROP:  # in the namespace that the device is in, not at its other end
+                owner = self._names.place(netns, 0)[1]
             if asker and kind == (Kind.RECEIVE if direction else Kind.SEND):
                 owner = asker
             dropped = kind == Kind.DROP

@@ -23,11 +23,11 @@ from tracer.kernel.symbols import kernel_symbol
 from tracer.record import Counter
 
 if TYPE_CHECKING:
-    from tracer.correlate.lookups import Lookups
     from collections.abc import Callable, Iterable, Sequence
     from types import FrameType
 
     from tracer.cluster.identities import Identities
+    from tracer.correlate.lookups import Lookups
     from tracer.kernel.session import Session
     from tracer.transaction import Lookup, Transaction
 

@@ -7,9 +7,11 @@ for it. Layouts: include/uapi/linux/rtnetlink.h, if_link.h, net_namespace.h.
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import struct
+import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -27,6 +29,7 @@ _NETNSA_NSID, _NETNSA_FD = 1, 3
 _RTMGRP_LINK = 1
 _IFF_LOOPBACK = 8
 _TYPE_MASK = 0x3FFF
+_ERRNO_MAX = 4095  # include/linux/err.h
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +67,8 @@ def namespace_id(fd: int) -> int | None:
         for _, body in _messages(channel.recv(4096)):
             for kind, value in _attributes(body[4:]):
                 if kind == _NETNSA_NSID:
-                    (number,) = struct.unpack("=i", value)
-                    return int(number) if number >= 0 else None
+                    number = _number(value)
+                    return number if number >= 0 else None
     return None
 
 
@@ -78,12 +81,21 @@ def link_changes() -> socket.socket:
 
 
 def _messages(data: bytes) -> Iterator[tuple[int, bytes]]:
-    while len(data) >= _HEADER.size:
+    """Raises OSError: the kernel's, or EBADMSG for what is no message."""
+    if not data:
+        raise _malformed()
+    while data:
+        if len(data) < _HEADER.size:
+            raise _malformed()
         length, kind, _, _, _ = _HEADER.unpack_from(data)
+        if not _HEADER.size <= length <= len(data):
+            raise _malformed()
         body = data[_HEADER.size : length]
         if kind == _NLMSG_ERROR:
-            (number,) = struct.unpack_from("=i", body)
-            raise OSError(-number, f"rtnetlink: {os.strerror(-number)}")
+            number = -_number(body[:4])
+            if not 0 < number <= _ERRNO_MAX:
+                raise _malformed()
+            raise OSError(number, f"rtnetlink: {os.strerror(number)}")
         yield kind, body
         data = data[(length + 3) & ~3 :]
 
@@ -98,16 +110,28 @@ def _attributes(data: bytes) -> Iterator[tuple[int, bytes]]:
 
 
 def _link(body: bytes) -> Link:
+    if len(body) < _IFINFO.size:
+        raise _malformed()
     _, arphrd, ifindex, flags, _ = _IFINFO.unpack_from(body)
     name, kind, peer = str(ifindex), "", None
     for number, value in _attributes(body[_IFINFO.size :]):
         if number == _IFLA_IFNAME:
             name = _text(value)
         elif number == _IFLA_LINK_NETNSID:
-            (peer,) = struct.unpack("=i", value)
+            peer = _number(value)
         elif number == _IFLA_LINKINFO:
             kind = next((_text(v) for n, v in _attributes(value) if n == _IFLA_INFO_KIND), "")
     return Link(ifindex, name, kind, arphrd, bool(flags & _IFF_LOOPBACK), peer)
+
+
+def _number(value: bytes) -> int:
+    if len(value) != 4:
+        raise _malformed()
+    return int.from_bytes(value, sys.byteorder, signed=True)
+
+
+def _malformed() -> OSError:
+    return OSError(errno.EBADMSG, f"rtnetlink: {os.strerror(errno.EBADMSG)}")
 
 
 def _text(value: bytes) -> str:
