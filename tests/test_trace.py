@@ -82,7 +82,8 @@ def dig(lab: Lab, pod: str, *arguments: str) -> int:
 def test_23_digs_are_exactly_what_tcpdump_saw(lab: Lab, sre: list[str], tmp_path: Path) -> None:
     """Same ids, names, types and rcodes; right process, pod and backend; times that add up."""
     assert len(QUESTIONS) == 23
-    pids, backends = [], {}
+    pids: list[int] = []
+    backends: dict[tuple[str, int], str] = {}
     with capturing(lab, "sre/web-0", tmp_path) as pcap, tracing(*sre, tmp_path=tmp_path) as tracer:
         for name, type_ in QUESTIONS:
             pids.append(dig(lab, "sre/web-0", name, type_))

@@ -25,6 +25,8 @@ _TRANSPARENT = {_TYPEDEF, _VOLATILE, _CONST, _RESTRICT, _TYPE_TAG}
 # Bytes that follow a type: per element of its vlen, or once.
 _PER_ELEMENT = {_STRUCT: 12, _UNION: 12, _ENUM: 8, _FUNC_PROTO: 8, _DATASEC: 12, _ENUM64: 12}
 _ONCE = {_INT: 4, _ARRAY: 12, _VAR: 4, _DECL_TAG: 4}
+_MAX_DEPTH = 32  # of qualifiers and typedefs around a type, as in libbpf
+_MAX_ANONYMOUS = 256  # structs and unions without a name in one struct
 
 
 class BtfError(Exception):
@@ -87,7 +89,7 @@ class Btf:
             raise BtfError(f"this kernel's BTF has no struct {struct_name}")
         total = 0
         for member in path.split("."):
-            found = self._member(type_id, member)
+            found = self._member(type_id, member, set())
             if found is None:
                 raise BtfError(f"this kernel's struct {struct_name} has no member {path}")
             type_id, bits = found
@@ -99,10 +101,10 @@ class Btf:
         type_id = self.find(_ENUM, name)
         if type_id is None:
             return {}
-        owner, position = self._locate(type_id)
-        _, info, _ = _TYPE.unpack_from(owner.data, position)
-        pairs = struct.iter_unpack("=Ii", owner.data[position + 12 :][: (info & 0xFFFF) * 8])
-        return {value: self._string(name_off) for name_off, value in pairs}
+        owner, position, info, _ = self._type(type_id)
+        start = position + _TYPE.size
+        pairs = struct.iter_unpack("=Ii", owner.data[start : start + (info & 0xFFFF) * 8])
+        return {value: owner._string(name_off) for name_off, value in pairs}
 
     def has_function(self, name: str) -> bool:
         """Whether the kernel has a function of that name that BTF describes."""
@@ -115,34 +117,41 @@ class Btf:
         whose first parameter is not the tracepoint's.
         """
         type_id = self.find(_TYPEDEF, typedef)
-        while type_id:
-            owner, position = self._locate(type_id)
-            _, info, referred = _TYPE.unpack_from(owner.data, position)
-            if info >> 24 & 31 == _FUNC_PROTO:
+        for _ in range(_MAX_DEPTH):
+            if not type_id:
+                break
+            _, _, info, referred = self._type(type_id)
+            kind = info >> 24 & 31
+            if kind == _FUNC_PROTO:
                 return int(info & 0xFFFF)
-            type_id = referred
+            type_id = referred if kind in _TRANSPARENT or kind == _PTR else None
         return 0
 
-    def _locate(self, type_id: int) -> tuple[Btf, int]:
+    def _type(self, type_id: int) -> tuple[Btf, int, int, int]:
+        """(who has it, where, its info, its size or what it refers to) of a type."""
         if self.base and type_id < self.first_id:
-            return self.base._locate(type_id)
-        return self, self.positions[type_id - self.first_id]
+            return self.base._type(type_id)
+        if type_id - self.first_id >= len(self.positions):
+            raise BtfError(f"malformed BTF: there is no type {type_id}")
+        position = self.positions[type_id - self.first_id]
+        if position == 0:  # type 0 is void
+            return self, 0, 0, 0
+        _, info, referred = _TYPE.unpack_from(self.data, position)
+        return self, position, info, referred
 
     def _string(self, offset: int) -> str:
         if self.base and offset < self.strings_base:
             return self.base._string(offset)
         start = self.strings + offset - self.strings_base
-        return self.data[start : self.data.index(b"\0", start)].decode("ascii", "replace")
+        end = self.data.find(b"\0", start)
+        if end < 0:
+            raise BtfError(f"malformed BTF: there is no string {offset}")
+        return self.data[start:end].decode("ascii", "replace")
 
     def _search(self, kind: int, name: str) -> int | None:
-        needle = b"\0" + name.encode() + b"\0"
-        offsets = set()
-        at = self.data.find(needle, max(self.strings - 1, 0))
-        while at >= 0:
-            offsets.add(at + 1 - self.strings + self.strings_base)
-            at = self.data.find(needle, at + 1)
+        offsets = self._string_offsets(name.encode() + b"\0")
         if self.base:
-            offsets |= self.base._string_offsets(needle)
+            offsets |= self.base._string_offsets(name.encode() + b"\0")
         unpack = _TYPE.unpack_from
         for number, position in enumerate(self.positions):
             if position == 0:
@@ -152,14 +161,29 @@ class Btf:
                 return number + self.first_id
         return None
 
-    def _string_offsets(self, needle: bytes) -> set[int]:
-        at = self.data.find(needle, max(self.strings - 1, 0))
-        return {at + 1 - self.strings} if at >= 0 else set()
+    def _string_offsets(self, terminated: bytes) -> set[int]:
+        """Where a string stands. A module's first one has none before it, and so no zero byte."""
+        offsets = set()
+        if self.data.startswith(terminated, self.strings):
+            offsets.add(self.strings_base)
+        at = self.data.find(b"\0" + terminated, self.strings)
+        while at >= 0:
+            offsets.add(at + 1 - self.strings + self.strings_base)
+            at = self.data.find(b"\0" + terminated, at + 1)
+        return offsets
 
-    def _member(self, type_id: int, name: str) -> tuple[int, int] | None:
-        """(type, offset in bits) of a member, looked for inside anonymous ones too."""
-        owner, position = self._locate(self._resolve(type_id))
-        _, info, _ = _TYPE.unpack_from(owner.data, position)
+    def _member(self, type_id: int, name: str, seen: set[int]) -> tuple[int, int] | None:
+        """(type, offset in bits) of a member, looked for inside anonymous ones too.
+
+        `seen` are the types that were looked into already: none can hold itself.
+        """
+        type_id = self._resolve(type_id)
+        if type_id in seen:
+            return None
+        if len(seen) > _MAX_ANONYMOUS:
+            raise BtfError(f"malformed BTF: type {type_id} is nested too deeply")
+        seen.add(type_id)
+        owner, position, info, _ = self._type(type_id)
         if info >> 24 & 31 not in (_STRUCT, _UNION):
             return None
         bitfields = info >> 31
@@ -171,22 +195,22 @@ class Btf:
                 if owner._string(name_off) == name:
                     return member_type, bits
             else:
-                inner = self._member(member_type, name)
+                inner = self._member(member_type, name, seen)
                 if inner:
                     return inner[0], inner[1] + bits
         return None
 
     def _resolve(self, type_id: int) -> int:
         """The type behind typedefs and qualifiers; of an array, its element."""
-        while True:
-            owner, position = self._locate(type_id)
-            _, info, referred = _TYPE.unpack_from(owner.data, position)
+        for _ in range(_MAX_DEPTH):
+            owner, position, info, referred = self._type(type_id)
             kind = info >> 24 & 31
             if kind == _ARRAY:
                 (referred,) = struct.unpack_from("=I", owner.data, position + 12)
             elif kind not in _TRANSPARENT:
                 return type_id
             type_id = referred
+        raise BtfError(f"malformed BTF: type {type_id} refers to itself")
 
 
 def _index(data: bytes, position: int, end: int) -> list[int]:
@@ -202,6 +226,8 @@ def _index(data: bytes, position: int, end: int) -> list[int]:
             position += per_element[kind] * (info & 0xFFFF)
         elif kind in once:
             position += once[kind]
+    if position != end or end > len(data):
+        raise struct.error  # the last type goes on behind the end
     return positions
 
 

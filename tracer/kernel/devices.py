@@ -12,6 +12,7 @@ import select
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -56,11 +57,12 @@ class _Namespace:
     inode: int
     fd: int
     changes: socket.socket
-    links: dict[int, list[int]] = field(default_factory=dict)  # ifindex: descriptors of BPF links
+    # ifindex: what detaches from the device, None where attaching failed
+    attached: dict[int, Callable[[], None] | None] = field(default_factory=dict)
 
 
-# Attaches to a device of the namespace that the thread is in; returns what to close to detach.
-Attach = Callable[[Device], list[int]]
+# Attaches to a device of the namespace that the thread is in; returns what detaches from it there.
+Attach = Callable[[Device], Callable[[], None]]
 
 
 class Devices:
@@ -106,7 +108,8 @@ class Devices:
 
     def count(self) -> int:
         """How many devices are attached to now."""
-        return sum(len(namespace.links) for namespace in self._namespaces.values())
+        namespaces = list(self._namespaces.values())
+        return sum(detach is not None for ns in namespaces for detach in list(ns.attached.values()))
 
     def namespaces(self) -> list[int]:
         """Inode numbers of the node-side namespaces."""
@@ -153,7 +156,7 @@ class Devices:
         while self._gone and self._gone[0][0] < horizon:
             _, key = self._gone.pop(0)
             owner = self._namespaces.get(key[0])
-            if owner is None or key[1] not in owner.links:
+            if owner is None or key[1] not in owner.attached:
                 self._known.pop(key, None)
 
     @staticmethod
@@ -197,10 +200,10 @@ class Devices:
             if l2_len is not None:
                 current[entry.ifindex] = (entry, l2_len)
         peers: dict[int, int] = {}
-        if any(i not in namespace.links and e.kind == "veth" for i, (e, _) in current.items()):
+        if any(i not in namespace.attached and e.kind == "veth" for i, (e, _) in current.items()):
             peers = _peer_namespaces()
         for ifindex, (entry, l2_len) in current.items():
-            if ifindex in namespace.links:
+            if ifindex in namespace.attached:
                 continue
             device = Device(
                 namespace.inode,
@@ -211,22 +214,25 @@ class Devices:
                 None if entry.peer_nsid is None else peers.get(entry.peer_nsid),
             )
             try:
-                namespace.links[ifindex] = self._attach(device)
+                namespace.attached[ifindex] = self._attach(device)
             except OSError as error:
-                namespace.links[ifindex] = []
+                namespace.attached[ifindex] = None
                 self._fail(f"{entry.name}: {error.strerror}")
             self._known[namespace.inode, ifindex] = device
-        for ifindex in [i for i in namespace.links if i not in current]:
+        for ifindex in [i for i in namespace.attached if i not in current]:
             self._release(namespace, ifindex)
 
     def _release(self, namespace: _Namespace, ifindex: int) -> None:
-        for link in namespace.links.pop(ifindex):
-            os.close(link)
+        detach = namespace.attached.pop(ifindex)
+        if detach:
+            with suppress(OSError):  # the device has gone, and our filters with it
+                detach()
         self._gone.append((time.monotonic(), (namespace.inode, ifindex)))
 
     def _drop_namespace(self, namespace: _Namespace) -> None:
-        for ifindex in list(namespace.links):
-            self._release(namespace, ifindex)
+        with netns.entered(namespace.fd):
+            for ifindex in list(namespace.attached):
+                self._release(namespace, ifindex)
         namespace.changes.close()
         os.close(namespace.fd)
         self._namespaces.pop(namespace.inode, None)

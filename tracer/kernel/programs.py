@@ -7,15 +7,17 @@ the verifier then drops what that copy does not need.
 
 from __future__ import annotations
 
+import errno
+import functools
 import os
 from typing import TYPE_CHECKING
 
-from tracer.kernel import bpf, kprobes
+from tracer.kernel import bpf, clsact, kprobes
 from tracer.kernel.bpf import AttachType, ProgramType
 from tracer.record import HopKind
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable, Mapping
     from pathlib import Path
 
     from tracer.kernel.compile import Object
@@ -144,8 +146,22 @@ def close_all(descriptors: Iterable[int]) -> None:
         os.close(descriptor)
 
 
-def attach_to_device(programs: dict[HopKind, int], ifindex: int) -> list[int]:
-    """Watches a device of this thread's network namespace by TCX links."""
+def attach_to_device(programs: Mapping[HopKind, int], ifindex: int) -> Callable[[], None]:
+    """Watches a device of this thread's network namespace: by TCX links, else by filters.
+
+    Returns what detaches it again, to be called in that namespace. Raises OSError.
+    """
+    try:
+        links = _attach_links(programs, ifindex)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        made = clsact.attach(programs, ifindex)  # TCX came with 6.6 (e420bed02507)
+        return functools.partial(clsact.detach, ifindex, made=made)
+    return functools.partial(close_all, links)
+
+
+def _attach_links(programs: Mapping[HopKind, int], ifindex: int) -> list[int]:
     links: list[int] = []
     try:
         for kind, attach in _DEVICE_ATTACH.items():

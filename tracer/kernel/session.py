@@ -17,7 +17,7 @@ from tracer.kernel.table import Table
 from tracer.record import LARGE_RECORD, SMALL_RECORD, Counter, HopKind, Wanted
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator
+    from collections.abc import Callable, Collection, Iterator
 
     import numpy as np
     from numpy.typing import NDArray
@@ -199,7 +199,7 @@ class Session:
                 f"{error.strerror}; run 'dnstrace doctor' for what is missing"
             ) from error
 
-    def _attach_device(self, device: Device) -> list[int]:
+    def _attach_device(self, device: Device) -> Callable[[], None]:
         key = (device.netns, device.l2_len)
         if key not in self._device_programs:
             self._device_programs[key] = {
