@@ -12,8 +12,6 @@ import pytest
 
 import tracer
 
-CLI = Path(tracer.__file__).with_name("cli.py")
-
 
 def pip(*arguments: str | Path) -> None:
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet", *arguments]
@@ -71,7 +69,6 @@ def test_wheel_holds_both_licences(wheel: Path) -> None:
     assert licences == {"LICENSE", "LICENSE.GPL-2.0"}
 
 
-@pytest.mark.skipif(not CLI.exists(), reason="tracer/cli.py is not written yet")
 def test_command_runs_from_an_installation_without_sources(installed: Path) -> None:
     shown = subprocess.run(
         [installed / "bin/dnstrace", "--help"],
