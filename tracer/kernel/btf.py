@@ -103,7 +103,8 @@ class Btf:
             return {}
         owner, position, info, _ = self._type(type_id)
         start = position + _TYPE.size
-        pairs = struct.iter_unpack("=Ii", owner.data[start : start + (info & 0xFFFF) * 8])
+        pair = "=Ii" if info >> 31 else "=II"  # signed or not
+        pairs = struct.iter_unpack(pair, owner.data[start : start + (info & 0xFFFF) * 8])
         return {value: owner._string(name_off) for name_off, value in pairs}
 
     def has_function(self, name: str) -> bool:
