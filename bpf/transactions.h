@@ -356,12 +356,15 @@ static __always_inline void begin(u32 number, struct source *source, struct mess
 {
 	struct transaction *slot = slots.lookup(&number);
 	struct index_key key;
+	u64 *start_ns;
 	u32 zero = 0;
 
 	if (!slot)
 		return;
 	fill(slot, source, message, sender, place, asked, attempt, variant);
-	slot_start.update(&number, &place->t_ns);
+	start_ns = slot_start.lookup(&number);
+	if (start_ns)
+		*start_ns = place->t_ns;
 	make_key(&key, asked, message->id, variant);
 	if (slot_index.insert(&key, &number)) {
 		release(number);
