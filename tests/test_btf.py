@@ -106,13 +106,18 @@ class Writer:
     def string(self, text: str) -> int:
         if not text:
             return 0
-        before = len(self.base.strings) if self.base else 0
-        if (at := self.strings.find(b"\0" + text.encode() + b"\0")) >= 0:
-            return before + at + 1
-        if self.base and b"\0" + text.encode() + b"\0" in self.base.strings:
-            return self.base.strings.index(b"\0" + text.encode() + b"\0") + 1
-        self.strings += text.encode() + b"\0"
-        return before + len(self.strings) - len(text) - 1
+        before = 0
+        if self.base:
+            before = len(self.base.strings)
+            if (at := self.base.find(text)) >= 0:
+                return at
+        if (at := self.find(text)) < 0:
+            at = len(self.strings)
+            self.strings += text.encode() + b"\0"
+        return before + at
+
+    def find(self, text: str) -> int:
+        return (b"\0" + self.strings).find(b"\0" + text.encode() + b"\0")
 
     def add(
         self, kind: int, name: str, third: int, more: bytes = b"", vlen: int = 0, flag: int = 0
