@@ -218,6 +218,8 @@ class Chain:
     def conclude(self) -> Lookup:
         """What it all amounts to."""
         stem = self._stem()
+        if len(self.members) == 1:
+            return self._conclude_alone(self.text[: len(stem)], self.members[0])
         final = self._final(stem)
         useful = [m for m in self.members if m.name == final]
         wasted = len(self.members) - len(useful)
@@ -241,6 +243,23 @@ class Chain:
             status=_status(useful),
             advice="; ".join(self._advice(question, final, wasted)) or None,
             ids=tuple(m.dns_id for m in sorted(self.members, key=lambda m: m.start_ns)),
+        )
+
+    def _conclude_alone(self, question: str, only: Asked) -> Lookup:
+        """The same for a single query, which is what there is most of."""
+        return Lookup(
+            self.start_ns,
+            self.client,
+            question,
+            self.search or (),
+            self.ndots,
+            1,
+            0,
+            only.latency_ns,
+            0,
+            _status(self.members),
+            None,
+            (only.dns_id,),
         )
 
     def _sends_again(self, query: Asked) -> bool:
