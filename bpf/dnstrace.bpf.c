@@ -219,6 +219,19 @@ static __always_inline bool is_last_hop(struct transaction *slot, struct message
 }
 
 /*
+ * Whether a query comes by where it was first seen: then it is not the same
+ * packet further on, but its client asks again, or asks another server.
+ */
+static __always_inline bool is_again(struct transaction *slot, struct message *message,
+				     struct place *place)
+{
+	struct hop *first = &slot->hops[0];
+
+	return message->direction == QUERY && place->kind == first->kind &&
+	       place->ifindex == first->ifindex && place->netns == first->netns;
+}
+
+/*
  * What one packet does to the table: a hop more, a transaction ended, a
  * transaction begun. One flow of control, so that the compiler sees each of the
  * large steps once.
@@ -233,7 +246,7 @@ static __always_inline void seen(struct source *source, u64 skb, struct message 
 	struct transaction *slot;
 	u32 number = NO_SLOT, variant = 0;
 	u8 attempt = 1, status = refused ? STATUS_REFUSED : STATUS_ANSWERED;
-	bool several, original;
+	bool several, original = false;
 
 	if (sent) {
 		sender.netns = place->netns;
@@ -257,6 +270,12 @@ static __always_inline void seen(struct source *source, u64 skb, struct message 
 			number = find_slot(message, &asked, several);
 	}
 	slot = slots.lookup(&number);
+	if (slot && is_again(slot, message, place)) {
+		slot = NULL;
+		number = NO_SLOT;
+		if (!original)
+			original_flow(skb, message->family, &asked);
+	}
 	if (slot) {
 		if (place->kind == HOP_RECEIVE && message->direction == RESPONSE)
 			place->netns = slot->netns;
@@ -285,7 +304,8 @@ static __always_inline void seen(struct source *source, u64 skb, struct message 
 	}
 	if (slot && claim(slot)) {
 		slot->status = status;
-		if (place->kind == HOP_RECEIVE || status == STATUS_REFUSED)
+		if (status == STATUS_REFUSED ||
+		    (status == STATUS_ANSWERED && place->kind == HOP_RECEIVE))
 			slot->end_ns = place->t_ns;
 		attempt = slot->attempt + 1;
 		emit(slot, status == STATUS_ANSWERED ? source : NULL, message);
