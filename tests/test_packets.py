@@ -756,6 +756,44 @@ def test_query_asked_again_is_an_attempt_more(kernel: Programs) -> None:
     assert kernel.counted() == {Counter.STARTED: 2, Counter.EMITTED: 2}
 
 
+@pytest.mark.parametrize(("first", "last"), [(INGRESS, EGRESS), (EGRESS, INGRESS), (RECEIVE, SEND)])
+def test_query_asked_again_from_afar_is_an_attempt_more(
+    kernel: Programs, first: HopKind, last: HopKind
+) -> None:
+    """The client's socket is on another machine: what comes by where it first did, is sent anew."""
+    for number in range(3):
+        kernel.show(first, QUERY)
+        kernel.show(EGRESS, QUERY, OTHER_NODE)
+        assert [record["attempt"] for record in kernel.records()] == ([number] if number else [])
+    kernel.show(last, RESPONSE)
+    record = kernel.record()
+    assert (record.status, record["attempt"]) == (Status.ANSWERED, 3)
+    assert record.hops == [(first, 0, 0), (EGRESS, 0, 0), (last, 1, 0)]
+
+
+def test_timeout_of_a_query_that_a_server_received_has_no_end(kernel: Programs) -> None:
+    for _ in range(2):
+        kernel.show(RECEIVE, QUERY)
+    record = kernel.record()
+    assert (record.status, record["end_ns"]) == (Status.TIMEOUT, 0)
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_answers_of_different_servers_go_to_the_right_query_from_afar(
+    kernel: Programs, order: tuple[int, int]
+) -> None:
+    flows = (FLOW, OTHER_SERVER)
+    for flow in flows:
+        kernel.show(INGRESS, p.query_packet(dns_query(), flow))
+        kernel.show(EGRESS, p.query_packet(dns_query(), flow), OTHER_NODE)
+    for number in order:
+        kernel.show(INGRESS, p.response_packet(dns_response(), flows[number]), OTHER_NODE)
+        kernel.show(EGRESS, p.response_packet(dns_response(), flows[number]))
+        record = kernel.record()
+        assert record.flows == [flows[number]]
+        assert record["nhops"] == 4
+
+
 def test_each_of_several_queries_with_one_id_can_be_asked_again(kernel: Programs) -> None:
     for _ in range(3):
         for flow in (FLOW, OTHER_SERVER):
@@ -824,12 +862,13 @@ def test_hop_too_many_is_counted_and_the_answer_still_comes(kernel: Programs, be
 
 
 def test_flow_too_many_is_counted_and_the_answer_still_comes(kernel: Programs) -> None:
-    flows = [FLOW._replace(server=f"10.244.0.{number}") for number in range(MAX_FLOWS + 2)]
+    ask(kernel)
+    flows = [FLOW._replace(server=f"10.244.0.{number}") for number in range(MAX_FLOWS + 1)]
     for flow in flows:
-        kernel.show(EGRESS, p.query_packet(dns_query(), flow), OTHER_NODE)
-    answer(kernel, flows[0])
+        kernel.show(EGRESS, p.query_packet(dns_query(), flow))
+    answer(kernel)
     record = kernel.record()
-    assert record.flows == flows[:MAX_FLOWS]
+    assert record.flows == [FLOW, *flows][:MAX_FLOWS]
     assert record["hops_lost"] == 2
     assert kernel.counted()[Counter.HOPS_LOST] == 2
 

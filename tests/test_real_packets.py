@@ -221,11 +221,12 @@ def test_query_that_snat_renamed_expires_under_both_names() -> None:
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
 @pytest.mark.parametrize("nat", [[], [SNAT]], ids=["DNAT", "DNAT and SNAT"])
+@pytest.mark.parametrize("at_sockets", [True, False], ids=["sockets", "device"])
 def test_one_query_to_two_services_is_two_transactions_through_nat(
-    nat: list[str], order: tuple[int, int]
+    at_sockets: bool, nat: list[str], order: tuple[int, int]
 ) -> None:
     """As musl asks all servers of resolv.conf at once, with one socket and one id."""
-    with exchange(*DNAT, *nat, at_sockets=True) as ends:
+    with exchange(*DNAT, *nat, at_sockets=at_sockets) as ends:
         for service in SERVICES:
             ends.ask(service)
         for number in order:
@@ -234,12 +235,8 @@ def test_one_query_to_two_services_is_two_transactions_through_nat(
             record = ends.kernel.record()
             assert record.status == Status.ANSWERED
             assert [flow[1] for flow in record.flows] == [SERVICES[number], BACKENDS[number]]
-            assert [hop[:2] for hop in record.hops] == [
-                (SEND, 0),
-                (RECEIVE, 0),
-                (SEND, 1),
-                (RECEIVE, 1),
-            ]
+            hooks = (SEND, RECEIVE) if at_sockets else (EGRESS, INGRESS)
+            assert [hop[:2] for hop in record.hops] == [(h, n) for n in (0, 1) for h in hooks]
         assert ends.kernel.counted() == {Counter.STARTED: 2, Counter.EMITTED: 2}
 
 
