@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import os
+import resource
 import struct
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -82,6 +84,7 @@ class Session:
     ) -> Session:
         """Compiles, loads and attaches. Raises Unsupported."""
         limits = limits or Limits()
+        _raise_limits()
         if hooks is None:
             hooks = "kprobe" if kprobes.available() else "tracepoint"
         elif hooks == "kprobe" and not kprobes.available():
@@ -108,9 +111,8 @@ class Session:
         )
         session = cls(built, hooks, Table(built.map_fds, limits.slots), rings)
         try:
-            programs.fill_free_slots(built, limits.slots)
             session.select(selection)
-            session._attach()
+            session._attach(limits)
             session._set(paused=False)
         except BaseException:
             session.close()
@@ -186,8 +188,9 @@ class Session:
         self.detach()
         self.built.close()
 
-    def _attach(self) -> None:
+    def _attach(self, limits: Limits) -> None:
         try:
+            programs.fill_free_slots(self.built, limits.slots)
             if self.hooks == "kprobe":
                 self._links += programs.attach_to_functions(self.built)
             else:
@@ -207,6 +210,17 @@ class Session:
                 for kind in (HopKind.INGRESS, HopKind.EGRESS)
             }
         return programs.attach_to_device(self._device_programs[key], device.ifindex)
+
+
+def _raise_limits() -> None:
+    """Room for a descriptor per link, and before 5.11 (d5299b67dd59) for locked memory."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    unlimited = resource.RLIM_INFINITY
+    # Refused without CAP_SYS_RESOURCE; what then lacks says so itself.
+    with suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    with suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_MEMLOCK, (unlimited, unlimited))
 
 
 def _cgroup_root() -> Path:
