@@ -334,15 +334,6 @@ int packet(struct __sk_buff *skb)
 	enum parsed parsed;
 	u64 owner = (u64)skb;
 
-	if (hook == HOP_SEND) {
-		owner = bpf_get_current_pid_tgid();
-		key = owner & (TASK_SCRATCHES - 1);
-		scratch = task_scratch.lookup(&key);
-	} else {
-		scratch = softirq_scratch.lookup(&key);
-	}
-	if (!scratch)
-		return patched(MARK_VERDICT);
 	if (device) {
 		for (i = 0; i < MAX_VLAN_TAGS; i++) {
 			u8 *tag = (u8 *)(long)skb->data + ETH_HLEN + i * 4;
@@ -355,14 +346,27 @@ int packet(struct __sk_buff *skb)
 			protocol = *(u16 *)(tag + 2);
 			l3 += 4;
 		}
-		if (i)
+		if (i) {
+			scratch = softirq_scratch.lookup(&key);
+			if (!scratch)
+				return patched(MARK_VERDICT);
 			l3 = forgotten(&scratch->message, l3) & 63;
+		}
 	}
 	if (!maybe_dns(skb, l3, protocol, device) || skb->len <= l3)
 		return patched(MARK_VERDICT);
 	source.offset = l3;
 	source.len = skb->len - l3;
 
+	if (hook == HOP_SEND) {
+		owner = bpf_get_current_pid_tgid();
+		key = owner & (TASK_SCRATCHES - 1);
+		scratch = task_scratch.lookup(&key);
+	} else {
+		scratch = softirq_scratch.lookup(&key);
+	}
+	if (!scratch)
+		return patched(MARK_VERDICT);
 	scratch->owner = owner;
 	message = &scratch->message;
 	parsed = parse(&source, scratch, message, device);
