@@ -1,9 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The resolv.conf that a client's resolver reads: that of its mount namespace, not the node's."""
+"""The resolv.conf that a client's resolver reads: that of its mount namespace, not the node's.
+
+What lies there is up to the container: a FIFO that nobody writes to, a device, a link out of its
+root. So nothing is opened before it is known to be a file, and no link leads out.
+"""
 
 from __future__ import annotations
 
+import ctypes
 import os
+import stat
+import struct
 import time
 from contextlib import suppress
 from typing import TYPE_CHECKING
@@ -19,6 +26,11 @@ if TYPE_CHECKING:
 _KEEP_S = 30.0
 _KNOWN_MAX = 4096
 _FILE_MAX = 64 << 10
+# include/uapi/linux/openat2.h; the number is the same on all architectures.
+_SYS_OPENAT2 = 437
+_OPEN_HOW = struct.Struct("=QQQ")  # flags, mode, resolve
+_RESOLVE_NO_MAGICLINKS = 0x02
+_RESOLVE_IN_ROOT = 0x10
 
 
 class Resolvers:
@@ -50,13 +62,9 @@ class Resolvers:
     def _find(self, client: Client) -> ResolvConf | None:
         for pid in (client.pid, *self._others(client)):
             with suppress(OSError):
-                if (
-                    client.netns is not None
-                    and os.stat(f"/proc/{pid}/ns/net").st_ino != client.netns
-                ):
-                    continue  # the number was given to another process
-                with open(f"/proc/{pid}/root/etc/resolv.conf", "rb") as file:
-                    return parse(file.read(_FILE_MAX).decode("utf-8", "replace"))
+                content = _read_in_root(pid, client.netns)
+                if content is not None:
+                    return parse(content.decode("utf-8", "replace"))
         return None
 
     def _others(self, client: Client) -> list[int]:
@@ -65,3 +73,43 @@ class Resolvers:
             with suppress(OSError, ValueError):
                 pids += map(int, (cgroup / "cgroup.procs").read_text().split()[:8])
         return pids
+
+
+def _read_in_root(pid: int | None, netns: int | None) -> bytes | None:
+    """The file as the process sees it; None if it is not in this network namespace.
+
+    Raises OSError.
+    """
+    process = os.open(f"/proc/{pid}", os.O_PATH | os.O_DIRECTORY)
+    try:
+        if netns is not None and os.stat("ns/net", dir_fd=process).st_ino != netns:
+            return None  # the number was given to another process
+        root = os.open("root", os.O_PATH | os.O_DIRECTORY, dir_fd=process)
+    finally:
+        os.close(process)
+    try:
+        place = _openat2(root, b"etc/resolv.conf", os.O_PATH | os.O_CLOEXEC)
+    finally:
+        os.close(root)
+    try:
+        if not stat.S_ISREG(os.fstat(place).st_mode):
+            return None
+        flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY
+        with open(os.open(f"/proc/self/fd/{place}", flags), "rb") as file:
+            return file.read(_FILE_MAX)
+    finally:
+        os.close(place)
+
+
+def _openat2(root: int, path: bytes, flags: int) -> int:
+    """Opens what `path` is to a process whose root directory it is. Raises OSError."""
+    how = _OPEN_HOW.pack(flags, 0, _RESOLVE_IN_ROOT | _RESOLVE_NO_MAGICLINKS)
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.syscall.restype = ctypes.c_long
+    made = libc.syscall(
+        ctypes.c_long(_SYS_OPENAT2), ctypes.c_int(root), path, how, ctypes.c_size_t(len(how))
+    )
+    if made < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+    return int(made)
