@@ -94,7 +94,7 @@ def processes(rounds: Sequence[dict[str, Run]]) -> str:
                 f"{statistics.median(f.output_bytes or 0 for f in figures) / 1e6:.0f} MB",
             )
         )
-    return _table(head, rows)
+    return _table(head, rows) if rows else ""
 
 
 def programs(

@@ -134,6 +134,8 @@ def tracer(*arguments: str, with_kubernetes: bool = False) -> Watch:
             spent_before_s = machine.cpu_s(process.pid)
             yield figures
             time.sleep(_SETTLE_S)
+            if process.poll() is not None:
+                raise BenchError(f"dnstrace ended by itself: {words.rest().strip()}")
             figures.memory_kib = machine.memory_kib(process.pid)
             spent_s = _stop(process, signal.SIGINT)
             figures.cpu_s = spent_s - spent_before_s
