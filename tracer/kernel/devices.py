@@ -7,6 +7,7 @@ node inside a container, as kind makes them). In pods the socket hooks see enoug
 
 from __future__ import annotations
 
+import math
 import os
 import select
 import threading
@@ -14,6 +15,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 from tracer.kernel import netns, rcu, rtnetlink
@@ -68,7 +70,8 @@ Attach = Callable[[Device], Callable[[], None]]
 class Devices:
     """All devices that are attached to, kept current by a thread.
 
-    `failures` counts devices that could not be attached to; `last_failure` says why.
+    `failures` counts devices that could not be attached to, and whatever else went wrong in the
+    thread; `last_failure` says why.
     """
 
     def __init__(self, attach: Attach) -> None:
@@ -78,6 +81,7 @@ class Devices:
         self._gone: list[tuple[float, tuple[int, int]]] = []
         self._stop_read, self._stop_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._thread = threading.Thread(target=self._follow, name="devices", daemon=True)
+        self._next_scan = 0.0
         self._closed = False
         self.failures = 0
         self.last_failure: str | None = None
@@ -86,6 +90,7 @@ class Devices:
         """Attaches to everything that is there, then follows changes in the background."""
         with rcu.expedited():
             self._scan()
+        self._next_scan = time.monotonic() + _RESCAN_S
         self._thread.start()
 
     def close(self) -> None:
@@ -116,21 +121,35 @@ class Devices:
         return list(self._namespaces)
 
     def _follow(self) -> None:
-        next_scan = time.monotonic() + _RESCAN_S
-        while True:
-            sockets = {ns.changes.fileno(): ns for ns in list(self._namespaces.values())}
-            wait = max(0.0, next_scan - time.monotonic())
-            ready, _, _ = select.select([self._stop_read, *sockets], [], [], wait)
-            if self._stop_read in ready:
-                return
-            try:
-                for fd in ready:
-                    self._refresh(sockets[fd])
-                if time.monotonic() >= next_scan:
-                    next_scan = time.monotonic() + _RESCAN_S
-                    self._scan()
-            except OSError as error:  # a namespace that goes away under our hands
-                self._fail(str(error))
+        try:
+            while self._follow_once():
+                pass
+        except Exception as error:  # noqa: BLE001 - a thread's end would go unnoticed
+            self._fail(f"devices are no longer followed: {error!r}")
+
+    def _follow_once(self) -> bool:
+        """Waits for changes and sees to them. False when asked to stop."""
+        sockets = {ns.changes.fileno(): ns for ns in list(self._namespaces.values())}
+        poll = select.poll()  # not select(), which knows no descriptors above 1023
+        for fd in (self._stop_read, *sockets):
+            poll.register(fd, select.POLLIN)
+        wait_s = max(0.0, self._next_scan - time.monotonic())
+        ready = [fd for fd, _ in poll.poll(math.ceil(wait_s * 1000))]
+        if self._stop_read in ready:
+            return False
+        for fd in ready:
+            self._try(partial(self._refresh, sockets[fd]))
+        if time.monotonic() >= self._next_scan:
+            self._next_scan = time.monotonic() + _RESCAN_S
+            self._try(self._scan)
+        return True
+
+    def _try(self, step: Callable[[], None]) -> None:
+        """What goes wrong, as when a namespace goes away under our hands, is counted."""
+        try:
+            step()
+        except Exception as error:  # noqa: BLE001 - the next change must be followed all the same
+            self._fail(str(error) if isinstance(error, OSError) else repr(error))
 
     def _fail(self, why: str) -> None:
         self.failures += 1
