@@ -235,21 +235,30 @@ def _built() -> Programs:
     return Programs(Session(built, "tracepoint", Table(built.map_fds, SLOTS), rings))
 
 
-def unload_programs() -> None:
-    """Takes the programs away, so that who looks for any that were left behind finds none."""
+def _unload() -> None:
     if _built.cache_info().currsize:
         _built().close()
         _built.cache_clear()
 
 
 @contextlib.contextmanager
+def compiled_programs() -> Iterator[None]:
+    """Around all the tests of a module: compiles once, and leaves nothing loaded behind."""
+    _built()
+    try:
+        yield
+    finally:
+        _unload()
+
+
+@contextlib.contextmanager
 def loaded_programs() -> Iterator[Programs]:
-    """The programs, compiled once until `unload_programs`; their tables are empty on both ends."""
+    """The programs, in a block of `compiled_programs`; their tables are empty on both ends."""
     kernel = _built()
     try:
         kernel.reset()
         yield kernel
         kernel.check_nothing_leaked()
     except BaseException:
-        unload_programs()  # what one test leaves in the tables must not fail the next
+        _unload()  # what one test leaves in the tables must not fail the next
         raise

@@ -28,8 +28,8 @@ from tests.programs import (
     SLOTS,
     SMALL_RECORDS,
     Programs,
+    compiled_programs,
     loaded_programs,
-    unload_programs,
 )
 from tracer.kernel import bpf
 from tracer.kernel.session import Selection
@@ -178,14 +178,14 @@ UNDECODABLE = {
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _nothing_stays_loaded() -> Iterator[None]:
-    yield
-    unload_programs()
+def _compiled(root: None) -> Iterator[None]:
+    del root
+    with compiled_programs():
+        yield
 
 
 @pytest.fixture
-def kernel(root: None) -> Iterator[Programs]:
-    del root
+def kernel() -> Iterator[Programs]:
     with loaded_programs() as programs:
         yield programs
 

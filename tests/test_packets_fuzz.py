@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from tests import packets as p
 from tests.packets import FLOW, FLOW6, Flow, dns, dns_query, dns_response, ethernet
-from tests.programs import HOOKS, loaded_programs, unload_programs
+from tests.programs import HOOKS, compiled_programs, loaded_programs
 from tracer.assemble import Assembler
 from tracer.export import jsonl
 from tracer.kernel.bpf import BpfError
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from tests.programs import Record
 
-pytestmark = [pytest.mark.fuzz, pytest.mark.usefixtures("root")]
+pytestmark = pytest.mark.fuzz
 
 FLOWS = (FLOW, FLOW._replace(server="10.96.0.11"), FLOW6)
 MESSAGES = (
@@ -130,9 +130,10 @@ ASSEMBLER = Assembler(Nobody(), {}, lambda _: None)
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _nothing_stays_loaded() -> Iterator[None]:
-    yield
-    unload_programs()
+def _compiled(root: None) -> Iterator[None]:
+    del root
+    with compiled_programs():
+        yield
 
 
 def check_lines(records: list[Record]) -> None:

@@ -24,8 +24,8 @@ from tests.programs import (
     RECEIVE,
     SEND,
     Programs,
+    compiled_programs,
     loaded_programs,
-    unload_programs,
 )
 from tracer.kernel import bpf, netns, programs
 from tracer.kernel.bpf import AttachType
@@ -122,10 +122,10 @@ def exchange(*setup: str, family: int = socket.AF_INET, at_sockets: bool = False
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _nothing_stays_loaded(root: None) -> Iterator[None]:
+def _compiled(root: None) -> Iterator[None]:
     del root
-    yield
-    unload_programs()
+    with compiled_programs():
+        yield
 
 
 FAMILIES = {"IPv4": (socket.AF_INET, BACKENDS[0]), "IPv6": (socket.AF_INET6, "::1")}
