@@ -2,7 +2,8 @@
 """Who is who: from cgroup, network namespace and address to pod and service.
 
 A process is its container's by cgroup, which holds for hostNetwork pods too; else its pod's by
-network namespace. An address names a pod only where it is that pod's alone.
+network namespace, or by address where its namespace is not known. An address names a pod only
+where it is that pod's alone.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import os
 import time
 from contextlib import suppress
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 _REWALK_S = 1.0
 _NOBODY = (None, None, None, None)
+K = TypeVar("K")
 
 
 class Device(Protocol):
@@ -51,13 +53,10 @@ class Identities:
         self.inventory = inventory
         self._root = cgroup_root
         self._find_device = find_device
-        self._pod_of_netns = {
-            pod.netns: pod for pod in inventory.pods if pod.netns and not pod.host_network
-        }
+        own = [pod for pod in inventory.pods if not pod.host_network]
+        self._pod_of_netns = _unambiguous((pod.netns, pod) for pod in own if pod.netns)
         self._node_of_netns = {node.netns: node.name for node in inventory.nodes if node.netns}
-        self._pod_of_ip = {
-            ip: pod for pod in inventory.pods if not pod.host_network for ip in pod.ips
-        }
+        self._pod_of_ip = _unambiguous((ip, pod) for pod in own for ip in pod.ips)
         self._service_of: dict[tuple[str, int], str] = {
             (ip, port): f"{service.namespace}/{service.name}"
             for service in inventory.services
@@ -111,6 +110,10 @@ class Identities:
                 cgroups.add(cgroup_id)
         return namespaces, cgroups
 
+    def untraceable(self, pods: Iterable[Pod]) -> list[str]:
+        """Those of the pods that `select` finds nothing for: their queries cannot be told."""
+        return [pod.full_name for pod in pods if not any(self.select([pod]))]
+
     def matching(self, namespaces: Iterable[str], pod_globs: Iterable[str]) -> list[Pod]:
         """The pods in one of the namespaces (if any are given) whose name fits one of the globs."""
         wanted, globs = set(namespaces), list(pod_globs)
@@ -140,13 +143,18 @@ class Identities:
         known = self._container_of_cgroup.get(cgroup_id)
         if known:
             return known
-        pod = self._pod_of_netns.get(netns) if netns else self._pod_of_ip.get(ip)
-        if pod:
-            return pod, pod.containers[0].name if len(pod.containers) == 1 else None
         if cgroup_id and time.monotonic() - self._walked_at > _REWALK_S:
             self._walk(time.monotonic())  # perhaps a group that a container made since
-            return self._container_of_cgroup.get(cgroup_id)
-        return None
+            known = self._container_of_cgroup.get(cgroup_id)
+            if known:
+                return known
+        # Whoever else is in there, as a sandbox or a debugger is, is of the pod but no container.
+        pod = self._pod_of_netns.get(netns)
+        if pod is None:
+            pod = self._pod_of_ip.get(ip)
+            if pod is None or (netns and pod.netns):  # it is in another namespace than this one
+                return None
+        return pod, None
 
     def _walk(self, now_s: float) -> None:
         """Learns the ids (inode numbers) of the containers' cgroups and of those below."""
@@ -162,3 +170,13 @@ class Identities:
                     with suppress(OSError):
                         found[os.stat(directory).st_ino] = (pod, container.name)
         self._container_of_cgroup = found
+
+
+def _unambiguous(pairs: Iterable[tuple[K, Pod]]) -> dict[K, Pod]:
+    """What each key stands for, without those that stand for several pods."""
+    found: dict[K, Pod] = {}
+    several = set()
+    for key, pod in pairs:
+        if found.setdefault(key, pod).full_name != pod.full_name:
+            several.add(key)
+    return {key: pod for key, pod in found.items() if key not in several}

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 _SIZE_MAX = 256 << 20
+_NETNS_MAX = 2**32 - 1  # inode numbers of namespaces have 32 bits
 T = TypeVar("T")
 
 
@@ -72,6 +73,18 @@ class _Fields:
             raise _Wrong(f"{self._where}.{name} must be a list, each {_KINDS[kind]}")
         return tuple(values)
 
+    def netns(self) -> int | None:
+        number = self.one("netns", int, 0)
+        if not 0 <= number <= _NETNS_MAX:
+            raise _Wrong(f"{self._where}.netns must be an inode number, from 0 to {_NETNS_MAX}")
+        return number or None
+
+    def cgroup(self) -> str:
+        path = self.one("cgroup", str, "").strip("/")
+        if "\0" in path or not {".", ".."}.isdisjoint(path.split("/")):
+            raise _Wrong(f"{self._where}.cgroup must be a path below the cgroup v2 mount")
+        return path
+
 
 _KINDS: dict[Any, str] = {str: "a string", int: "a number", bool: "true or false", list: "a list",
                           dict: "an object"}  # fmt: skip
@@ -93,7 +106,7 @@ def _pod(fields: _Fields) -> Pod:
         node=fields.one("node", str, "") or None,
         ips=fields.many("ips", str),
         host_network=fields.one("host_network", bool, False),
-        netns=fields.one("netns", int, 0) or None,
+        netns=fields.netns(),
         labels=_labels(fields.one("labels", dict, {})),
         containers=tuple(
             _container(_Fields(f"containers[{i}]", c)) for i, c in enumerate(containers)
@@ -108,9 +121,7 @@ def _labels(labels: dict[Any, Any]) -> tuple[tuple[str, str], ...]:
 
 
 def _container(fields: _Fields) -> Container:
-    return Container(
-        fields.one("name", str), fields.one("id", str, ""), fields.one("cgroup", str, "").strip("/")
-    )
+    return Container(fields.one("name", str), fields.one("id", str, ""), fields.cgroup())
 
 
 def _service(fields: _Fields) -> Service:
@@ -124,6 +135,4 @@ def _service(fields: _Fields) -> Service:
 
 
 def _node(fields: _Fields) -> Node:
-    return Node(
-        fields.one("name", str), fields.many("ips", str), fields.one("netns", int, 0) or None
-    )
+    return Node(fields.one("name", str), fields.many("ips", str), fields.netns())

@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who is who, by cgroup, network namespace and address; and what a pods file may say of it."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from tracer.cluster import pods_file
+from tracer.cluster.identities import Identities
+from tracer.cluster.model import Container, Inventory, Pod
+from tracer.cluster.pods_file import PodsFileError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+_NETNS = 4026532246
+
+
+def pod(
+    name: str,
+    *containers: Container,
+    ip: str = "10.244.1.10",
+    netns: int | None = None,
+    host_network: bool = False,
+) -> Pod:
+    return Pod("sre", name, "", "node1", (ip,), host_network, netns, (), containers)
+
+
+def identities(*pods: Pod, cgroup_root: Path | None = None) -> Identities:
+    return Identities(Inventory(pods), cgroup_root)
+
+
+def name(found: tuple[str | None, ...]) -> tuple[str | None, str | None]:
+    return found[1], found[2]
+
+
+def test_process_is_its_containers_only_by_cgroup(tmp_path: Path) -> None:
+    (tmp_path / "app" / "nested").mkdir(parents=True)
+    (tmp_path / "sandbox").mkdir()
+    who = identities(
+        pod("web-0", Container("app", "", "app"), netns=_NETNS), cgroup_root=tmp_path
+    ).client
+    nested, sandbox = (os.stat(tmp_path / d).st_ino for d in ("app/nested", "sandbox"))
+    assert name(who(nested, _NETNS, "")) == ("web-0", "app")
+    assert name(who(nested, 1, "")) == ("web-0", "app")
+    assert name(who(sandbox, _NETNS, "")) == ("web-0", None)
+    assert name(who(0, _NETNS, "")) == ("web-0", None)
+
+
+def test_cgroup_made_since_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    known = identities(
+        pod("web-0", Container("app", "", "app"), netns=_NETNS), cgroup_root=tmp_path
+    )
+    (tmp_path / "app").mkdir()
+    monkeypatch.setattr(known, "_walked_at", -10.0)
+    assert name(known.client(os.stat(tmp_path / "app").st_ino, _NETNS, "")) == ("web-0", "app")
+
+
+def test_pod_of_unknown_netns_is_found_by_its_address() -> None:
+    who = identities(pod("web-0")).client
+    assert name(who(0, _NETNS, "10.244.1.10")) == ("web-0", None)
+    assert name(who(0, 0, "10.244.1.10")) == ("web-0", None)
+    assert name(who(0, _NETNS, "10.244.1.11")) == (None, None)
+
+
+def test_address_in_another_netns_than_the_pods_is_not_the_pod() -> None:
+    who = identities(pod("web-0", netns=_NETNS)).client
+    assert name(who(0, _NETNS + 1, "10.244.1.10")) == (None, None)
+    assert name(who(0, 0, "10.244.1.10")) == ("web-0", None)
+
+
+def test_address_of_two_pods_names_neither() -> None:
+    known = identities(pod("web-0"), pod("web-1"), pod("web-2", ip="10.244.1.12"))
+    assert known.pod("10.244.1.10") == (None, None)
+    assert name(known.client(0, 0, "10.244.1.10")) == (None, None)
+    assert known.pod("10.244.1.12") == ("sre", "web-2")
+
+
+def test_pods_that_nothing_tells_are_untraceable(tmp_path: Path) -> None:
+    (tmp_path / "app").mkdir()
+    pods = [
+        pod("netns", netns=1),
+        pod("cgroup", Container("app", "", "app")),
+        pod("neither"),
+        pod("gone", Container("app", "", "gone")),
+        pod("host", netns=2, host_network=True),
+    ]
+    known = identities(*pods, cgroup_root=tmp_path)
+    assert known.untraceable(pods) == ["sre/neither", "sre/gone", "sre/host"]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("cgroup", "kubepods\0slice"),
+        ("cgroup", "../../etc"),
+        ("cgroup", "/kubepods.slice/.."),
+        ("cgroup", "."),
+        ("netns", -1),
+        ("netns", 2**32),
+        ("netns", True),
+    ],
+)
+def test_impossible_value_is_refused_in_one_line(tmp_path: Path, field: str, value: Any) -> None:
+    entry = {"namespace": "sre", "name": "web-0", "netns": 1, "containers": []}
+    if field == "cgroup":
+        entry["containers"] = [{"name": "app", "cgroup": value}]
+    else:
+        entry[field] = value
+    path = tmp_path / "pods.json"
+    path.write_text(json.dumps({"pods": [entry]}))
+    with pytest.raises(PodsFileError, match=rf"\.{field} must be") as wrong:
+        pods_file.load(path)
+    assert str(wrong.value).isprintable()
+
+
+def test_possible_values_are_taken(tmp_path: Path) -> None:
+    path = tmp_path / "pods.json"
+    container = {"name": "app", "cgroup": "/a..b/c/"}
+    entry = {"namespace": "sre", "name": "web-0", "netns": 2**32 - 1, "containers": [container]}
+    node = {"name": "node1", "netns": 0}
+    path.write_text(json.dumps({"pods": [entry], "nodes": [node]}))
+    loaded = pods_file.load(path)
+    assert loaded.pods[0].netns == 2**32 - 1
+    assert loaded.pods[0].containers[0].cgroup == "a..b/c"
+    assert loaded.nodes[0].netns is None
