@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 ARPHRD = {"loopback": 772, "ether": 1, "none": 65534}  # include/uapi/linux/if_arp.h
+NLM_F_DUMP_INTR = 0x10
 RTM_NEWLINK, RTM_NEWNSID, NLMSG_ERROR, NLMSG_DONE = 16, 88, 2, 3
 IFLA_IFNAME, IFLA_LINKINFO, IFLA_LINK_NETNSID, IFLA_INFO_KIND, NETNSA_NSID = 3, 18, 37, 1, 1
 
@@ -99,8 +100,8 @@ def attribute(number: int, value: bytes) -> bytes:
     return struct.pack("=HH", 4 + len(value), number) + value + bytes(-len(value) % 4)
 
 
-def message(kind: int, body: bytes) -> bytes:
-    return struct.pack("=IHHII", 16 + len(body), kind, 0, 1, 0) + body + bytes(-len(body) % 4)
+def message(kind: int, body: bytes, flags: int = 0) -> bytes:
+    return struct.pack("=IHHII", 16 + len(body), kind, flags, 1, 0) + body + bytes(-len(body) % 4)
 
 
 def link(*attributes: bytes) -> bytes:
@@ -152,6 +153,17 @@ def test_what_the_garbage_is_made_from_is_understood() -> None:
     veth = Link(2, "eth0", "veth", 1, loopback=False, peer_nsid=3)
     assert links_in(VETH + VETH, VETH + DONE) == [veth] * 3
     assert namespace_id_in(NSID) == 3
+
+
+def test_interrupted_listing_is_repeated() -> None:
+    veth = Link(2, "eth0", "veth", 1, loopback=False, peer_nsid=3)
+    interrupted = message(NLMSG_DONE, bytes(4), NLM_F_DUMP_INTR)
+    assert links_in(VETH + VETH, interrupted, VETH + interrupted, VETH + DONE) == [veth]
+
+
+def test_listing_that_is_always_interrupted_ends() -> None:
+    interrupted = VETH + message(NLMSG_DONE, bytes(4), NLM_F_DUMP_INTR)
+    assert len(links_in(*[interrupted] * 100)) == 1
 
 
 GARBAGE = {

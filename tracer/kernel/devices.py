@@ -7,6 +7,7 @@ node inside a container, as kind makes them). In pods the socket hooks see enoug
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import select
@@ -22,6 +23,7 @@ from tracer.kernel import netns, rcu, rtnetlink
 
 if TYPE_CHECKING:
     import socket
+    from collections.abc import Mapping
 
     from tracer.kernel.rtnetlink import Link
 
@@ -59,6 +61,8 @@ class _Namespace:
     inode: int
     fd: int
     changes: socket.socket
+    nsids: dict[int, int] = field(default_factory=dict)  # ifindex of a veth: where it leads
+    peers: dict[int, int] = field(default_factory=dict)  # that number: the namespace's inode
     # ifindex: what detaches from the device, None where attaching failed
     attached: dict[int, Callable[[], None] | None] = field(default_factory=dict)
 
@@ -81,6 +85,7 @@ class Devices:
         self._gone: list[tuple[float, tuple[int, int]]] = []
         self._stop_read, self._stop_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._thread = threading.Thread(target=self._follow, name="devices", daemon=True)
+        self._unreachable: set[int] = set()  # namespaces, so that each is counted once
         self._next_scan = 0.0
         self._closed = False
         self.failures = 0
@@ -156,21 +161,24 @@ class Devices:
         self.last_failure = why
 
     def _scan(self) -> None:
-        """Finds node-side namespaces, new and gone."""
+        """Finds node-side namespaces, new and gone, and repairs what notifications did not tell."""
         home = netns.own()
         found = netns.paths()
-        for inode, path in found.items():
-            if inode in self._namespaces:
-                continue
-            fd = netns.open_namespace(inode, path)
-            if fd is None:
-                continue
-            with_devices = inode == home or self._may_be_node_side(fd)
-            if not with_devices or not self._add_namespace(inode, fd, required=inode == home):
-                os.close(fd)
         for namespace in list(self._namespaces.values()):
-            if namespace.inode not in found:
-                self._drop_namespace(namespace)
+            if namespace.inode in found:
+                self._try(partial(self._refresh, namespace, found))
+            else:
+                self._try(partial(self._drop_namespace, namespace))
+        if home not in self._namespaces:
+            self._enlist(home, found, required=True)
+        self._unreachable &= found.keys()
+        for inode in found.keys() - self._namespaces.keys():
+            try:
+                self._enlist(inode, found, required=False)
+            except OSError as error:
+                if inode not in self._unreachable:
+                    self._unreachable.add(inode)
+                    self._fail(str(error))
         horizon = time.monotonic() - _FORGET_AFTER_S
         while self._gone and self._gone[0][0] < horizon:
             _, key = self._gone.pop(0)
@@ -178,29 +186,34 @@ class Devices:
             if owner is None or key[1] not in owner.attached:
                 self._known.pop(key, None)
 
-    @staticmethod
-    def _may_be_node_side(fd: int) -> bool:
-        """A quick no for most pods: loopback and one more device."""
-        with netns.entered(fd):
-            return netns.device_count() > 2
+    def _enlist(self, inode: int, found: Mapping[int, str], *, required: bool) -> None:
+        """Attaches to the devices of a namespace if it is node-side, or `required`."""
+        fd = netns.open_namespace(inode, found[inode])
+        if fd is None:
+            return
+        try:
+            with netns.entered(fd):
+                # A quick no for most pods: loopback and one more device.
+                if required or netns.device_count() > 2:
+                    self._add_namespace(inode, fd, found, required=required)
+        finally:
+            if inode not in self._namespaces:
+                os.close(fd)
 
-    def _add_namespace(self, inode: int, fd: int, required: bool) -> bool:
-        with netns.entered(fd):
-            changes = rtnetlink.link_changes()
-            namespace = _Namespace(inode, fd, changes)
-            devices = rtnetlink.links()
-            if not required:
-                peers = {
-                    d.peer_nsid for d in devices if d.kind == "veth" and d.peer_nsid is not None
-                }
-                if len(peers) < 2:
-                    changes.close()
-                    return False
-            self._namespaces[inode] = namespace
-            self._update(namespace, devices)
-        return True
+    def _add_namespace(
+        self, inode: int, fd: int, found: Mapping[int, str], *, required: bool
+    ) -> None:
+        changes = rtnetlink.link_changes()
+        try:
+            listed = rtnetlink.links()
+            if required or len(set(_peer_nsids(listed).values())) >= 2:
+                self._namespaces[inode] = _Namespace(inode, fd, changes)
+                self._update(self._namespaces[inode], listed, found)
+        finally:
+            if inode not in self._namespaces:
+                changes.close()
 
-    def _refresh(self, namespace: _Namespace) -> None:
+    def _refresh(self, namespace: _Namespace, found: Mapping[int, str] | None = None) -> None:
         try:
             while namespace.changes.recv(65536):
                 pass
@@ -209,37 +222,50 @@ class Devices:
         except OSError:  # ENOBUFS: more changes than fit; the listing below has them all
             pass
         with netns.entered(namespace.fd):
-            self._update(namespace, rtnetlink.links())
+            self._update(namespace, rtnetlink.links(), found)
 
-    def _update(self, namespace: _Namespace, listed: list[Link]) -> None:
-        """Attaches to new devices and lets go of those that went; in the namespace."""
-        current = {}
+    def _update(
+        self, namespace: _Namespace, listed: list[Link], found: Mapping[int, str] | None
+    ) -> None:
+        """Attaches to new devices and lets go of those that went; in the namespace.
+
+        `found`: all namespaces, when they have just been looked for.
+        """
+        nsids = _peer_nsids(listed)
+        unknown = found is not None and not set(nsids.values()) <= namespace.peers.keys()
+        if unknown or not nsids.items() <= namespace.nsids.items():
+            namespace.peers = _peer_namespaces(netns.paths() if found is None else found)
+        namespace.nsids = nsids
+        current = set()
         for entry in listed:
             l2_len = _l2_len(entry)
-            if l2_len is not None:
-                current[entry.ifindex] = (entry, l2_len)
-        peers: dict[int, int] = {}
-        if any(i not in namespace.attached and e.kind == "veth" for i, (e, _) in current.items()):
-            peers = _peer_namespaces()
-        for ifindex, (entry, l2_len) in current.items():
-            if ifindex in namespace.attached:
+            if l2_len is None:
                 continue
+            current.add(entry.ifindex)
             device = Device(
                 namespace.inode,
-                ifindex,
+                entry.ifindex,
                 entry.name,
                 entry.kind,
                 l2_len,
-                None if entry.peer_nsid is None else peers.get(entry.peer_nsid),
+                namespace.peers.get(nsids.get(entry.ifindex, -1)),
             )
-            try:
-                namespace.attached[ifindex] = self._attach(device)
-            except OSError as error:
-                namespace.attached[ifindex] = None
-                self._fail(f"{entry.name}: {error.strerror}")
-            self._known[namespace.inode, ifindex] = device
+            if entry.ifindex not in namespace.attached and not self._attach_to(namespace, device):
+                continue
+            self._known[namespace.inode, entry.ifindex] = device
         for ifindex in [i for i in namespace.attached if i not in current]:
             self._release(namespace, ifindex)
+
+    def _attach_to(self, namespace: _Namespace, device: Device) -> bool:
+        """False if the device has gone by now."""
+        try:
+            namespace.attached[device.ifindex] = self._attach(device)
+        except OSError as error:
+            if error.errno == errno.ENODEV:
+                return False
+            namespace.attached[device.ifindex] = None
+            self._fail(f"{device.name}: {error.strerror}")
+        return True
 
     def _release(self, namespace: _Namespace, ifindex: int) -> None:
         detach = namespace.attached.pop(ifindex)
@@ -266,10 +292,19 @@ def _l2_len(link: Link) -> int | None:
     return 0 if link.arphrd in _ARPHRD_RAW_IP else None
 
 
-def _peer_namespaces() -> dict[int, int]:
+def _peer_nsids(listed: list[Link]) -> dict[int, int]:
+    """Each veth that leads to another namespace: its ifindex, to this namespace's number for it."""
+    return {
+        entry.ifindex: entry.peer_nsid
+        for entry in listed
+        if entry.kind == "veth" and entry.peer_nsid is not None
+    }
+
+
+def _peer_namespaces(found: Mapping[int, str]) -> dict[int, int]:
     """This thread's namespace's numbers for others, to their inode numbers."""
     peers = {}
-    for inode, path in netns.paths().items():
+    for inode, path in found.items():
         fd = netns.open_namespace(inode, path)
         if fd is None:
             continue

@@ -23,7 +23,8 @@ _IFINFO = struct.Struct("=BxHiII")  # ifinfomsg
 _ATTRIBUTE = struct.Struct("=HH")
 _RTM_GETLINK, _RTM_GETNSID = 18, 90
 _NLMSG_ERROR, _NLMSG_DONE = 2, 3
-_REQUEST, _DUMP = 1, 0x300
+_REQUEST, _DUMP, _DUMP_INTERRUPTED = 1, 0x300, 0x10
+_LISTINGS_MAX = 10
 _IFLA_IFNAME, _IFLA_LINKINFO, _IFLA_LINK_NETNSID, _IFLA_INFO_KIND = 3, 18, 37, 1
 _NETNSA_NSID, _NETNSA_FD = 1, 3
 _RTMGRP_LINK = 1
@@ -45,17 +46,31 @@ class Link:
 
 
 def links() -> list[Link]:
-    """All devices. Raises OSError."""
+    """All devices. Raises OSError.
+
+    If they keep changing all the while, some may be missing: `link_changes` then tells of more.
+    """
+    for _ in range(_LISTINGS_MAX):
+        found, interrupted = _list_links()
+        if not interrupted:
+            break
+    return found
+
+
+def _list_links() -> tuple[list[Link], bool]:
+    """All devices, and whether they changed meanwhile (NLM_F_DUMP_INTR), so some may be missing."""
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE) as channel:
         request = _IFINFO.pack(socket.AF_UNSPEC, 0, 0, 0, 0)
         channel.send(
             _HEADER.pack(16 + len(request), _RTM_GETLINK, _REQUEST | _DUMP, 1, 0) + request
         )
         found: list[Link] = []
+        interrupted = False
         while True:
-            for kind, body in _messages(channel.recv(1 << 18)):
+            for kind, flags, body in _messages(channel.recv(1 << 18)):
+                interrupted = interrupted or bool(flags & _DUMP_INTERRUPTED)
                 if kind == _NLMSG_DONE:
-                    return found
+                    return found, interrupted
                 found.append(_link(body))
 
 
@@ -64,7 +79,7 @@ def namespace_id(fd: int) -> int | None:
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE) as channel:
         request = struct.pack("=B3xHHI", socket.AF_UNSPEC, 8, _NETNSA_FD, fd)
         channel.send(_HEADER.pack(16 + len(request), _RTM_GETNSID, _REQUEST, 1, 0) + request)
-        for _, body in _messages(channel.recv(4096)):
+        for _, _, body in _messages(channel.recv(4096)):
             for kind, value in _attributes(body[4:]):
                 if kind == _NETNSA_NSID:
                     number = _number(value)
@@ -80,14 +95,14 @@ def link_changes() -> socket.socket:
     return changes
 
 
-def _messages(data: bytes) -> Iterator[tuple[int, bytes]]:
-    """Raises OSError: the kernel's, or EBADMSG for what is no message."""
+def _messages(data: bytes) -> Iterator[tuple[int, int, bytes]]:
+    """Kind, flags and body of each. Raises OSError: the kernel's, or EBADMSG for what is no message."""
     if not data:
         raise _malformed()
     while data:
         if len(data) < _HEADER.size:
             raise _malformed()
-        length, kind, _, _, _ = _HEADER.unpack_from(data)
+        length, kind, flags, _, _ = _HEADER.unpack_from(data)
         if not _HEADER.size <= length <= len(data):
             raise _malformed()
         body = data[_HEADER.size : length]
@@ -96,7 +111,7 @@ def _messages(data: bytes) -> Iterator[tuple[int, bytes]]:
             if not 0 < number <= _ERRNO_MAX:
                 raise _malformed()
             raise OSError(number, f"rtnetlink: {os.strerror(number)}")
-        yield kind, body
+        yield kind, flags, body
         data = data[(length + 3) & ~3 :]
 
 
