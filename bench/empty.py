@@ -17,7 +17,7 @@ from tracer.kernel.devices import Device, Devices
 from tracer.record import HopKind
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 _LD_IMM64 = 0x18
 _MOV64_IMM = 0xB7
@@ -66,7 +66,7 @@ def attached() -> Iterator[Devices]:
             for by_kind in loaded.values():
                 programs.close_all(by_kind.values())
 
-        def attach(device: Device) -> list[int]:
+        def attach(device: Device) -> Callable[[], None]:
             key = (device.netns, device.l2_len)
             if key not in loaded:
                 loaded[key] = {
