@@ -127,7 +127,7 @@ static __always_inline bool maybe_dns(struct __sk_buff *skb, u32 l3, u16 protoco
 		if (ip[9] == PROTO_IPIP)
 			return device;
 		if (ip[9] == PROTO_ICMP)
-			return device && ip[20] == ICMP_DEST_UNREACH;
+			return device && ip[20] == ICMP_DEST_UNREACH && ip[21] != ICMP_FRAG_NEEDED;
 		if (ip[9] != PROTO_UDP)
 			return false;
 		if (ip[0] != 0x45)
@@ -202,8 +202,11 @@ static __always_inline bool is_last_hop(struct transaction *slot, struct message
 		return false;
 	if (message->unreachable)
 		return place->kind == HOP_EGRESS && same_flow(&slot->flows[0], &message->flow);
+	/* A client does not take an answer from somebody whom it did not ask. */
 	if (place->kind == HOP_RECEIVE)
-		return true;
+		return first->kind != HOP_SEND ||
+		       (slot->flows[0].server_port == message->flow.server_port &&
+			same_address(slot->flows[0].server_addr, message->flow.server_addr));
 	switch (first->kind) {
 	case HOP_RECEIVE:
 		return place->kind == HOP_SEND;
@@ -218,6 +221,8 @@ static __always_inline bool is_last_hop(struct transaction *slot, struct message
 	}
 }
 
+#define DOUBLED_NS 1000000
+
 /*
  * Whether a query comes by where it was first seen: then it is not the same
  * packet further on, but its client asks again, or asks another server.
@@ -227,8 +232,12 @@ static __always_inline bool is_again(struct transaction *slot, struct message *m
 {
 	struct hop *first = &slot->hops[0];
 
-	return message->direction == QUERY && place->kind == first->kind &&
-	       place->ifindex == first->ifindex && place->netns == first->netns;
+	if (message->direction == RESPONSE || place->kind != first->kind ||
+	    place->ifindex != first->ifindex || place->netns != first->netns)
+		return false;
+	/* The network may double a packet; nobody asks the same again that soon. */
+	return place->t_ns > first->t_ns + DOUBLED_NS ||
+	       !same_flow(&slot->flows[0], &message->flow);
 }
 
 /*
@@ -244,10 +253,11 @@ static __always_inline void seen(struct source *source, u64 skb, struct message 
 	struct flow asked = message->flow;
 	struct sender sender = {};
 	struct transaction *slot;
-	u32 number = NO_SLOT, variant = 0;
+	u32 variant = 0, number;
 	u8 attempt = 1, status = refused ? STATUS_REFUSED : STATUS_ANSWERED;
 	bool several, original = false;
 
+	message->found.number = NO_SLOT;
 	if (sent) {
 		sender.netns = place->netns;
 		sender.pid = bpf_get_current_pid_tgid() >> 32;
@@ -264,15 +274,16 @@ static __always_inline void seen(struct source *source, u64 skb, struct message 
 		several = variants_lately(place->t_ns);
 		original = several && message->direction == QUERY &&
 			   original_flow(skb, message->family, &asked);
-		number = find_slot(message, &asked, several);
-		if (number == NO_SLOT && !original && message->direction == QUERY &&
+		find_slot(message, &asked, several);
+		if (message->found.number == NO_SLOT && !original && message->direction == QUERY &&
 		    original_flow(skb, message->family, &asked))
-			number = find_slot(message, &asked, several);
+			find_slot(message, &asked, several);
 	}
+	number = message->found.number;
 	slot = slots.lookup(&number);
 	if (slot && is_again(slot, message, place)) {
 		slot = NULL;
-		number = NO_SLOT;
+		message->found.number = NO_SLOT;
 		if (!original)
 			original_flow(skb, message->family, &asked);
 	}
@@ -290,19 +301,26 @@ static __always_inline void seen(struct source *source, u64 skb, struct message 
 			count(COUNT_UNMATCHED_RESPONSES);
 		return;
 	} else {
-		if (!sent && (is_paused() || !is_unfiltered()))
-			return;
+		if (!sent) {
+			if (is_paused() || !is_unfiltered())
+				return;
+			if (crowded_lately(place->t_ns)) {
+				count(COUNT_HOPS_LOST);
+				return;
+			}
+		}
 		count(COUNT_STARTED);
-		variant = free_variant(message, &asked, &number);
+		variant = free_variant(message, &asked);
 		if (variant == MAX_VARIANTS) {
-			count(COUNT_TABLE_FULL);
+			crowded(place->t_ns);
 			return;
 		}
 		/* The client asks again: the earlier attempt has had its time. */
 		status = STATUS_TIMEOUT;
+		number = message->found.number;
 		slot = slots.lookup(&number);
 	}
-	if (slot && claim(slot)) {
+	if (slot && claim(slot, message->found.generation)) {
 		slot->status = status;
 		if (status == STATUS_REFUSED ||
 		    (status == STATUS_ANSWERED && place->kind == HOP_RECEIVE))
@@ -314,7 +332,7 @@ static __always_inline void seen(struct source *source, u64 skb, struct message 
 			return;
 		}
 	} else if (status == STATUS_TIMEOUT) {
-		number = take_slot();
+		number = take_slot(place->t_ns);
 	} else {
 		return;
 	}
@@ -332,7 +350,7 @@ int packet(struct __sk_buff *skb)
 	u16 protocol = skb->protocol;
 	struct scratch *scratch;
 	enum parsed parsed;
-	u64 owner = (u64)skb;
+	u32 *memory;
 
 	if (device) {
 		for (i = 0; i < MAX_VLAN_TAGS; i++) {
@@ -347,10 +365,10 @@ int packet(struct __sk_buff *skb)
 			l3 += 4;
 		}
 		if (i) {
-			scratch = softirq_scratch.lookup(&key);
-			if (!scratch)
+			memory = forgetful.lookup(&key);
+			if (!memory)
 				return patched(MARK_VERDICT);
-			l3 = forgotten(&scratch->message, l3) & 63;
+			l3 = forgotten(memory, l3) & 63;
 		}
 	}
 	if (!maybe_dns(skb, l3, protocol, device) || skb->len <= l3)
@@ -358,35 +376,24 @@ int packet(struct __sk_buff *skb)
 	source.offset = l3;
 	source.len = skb->len - l3;
 
-	if (hook == HOP_SEND) {
-		owner = bpf_get_current_pid_tgid();
-		key = owner & (TASK_SCRATCHES - 1);
-		scratch = task_scratch.lookup(&key);
-	} else {
-		scratch = softirq_scratch.lookup(&key);
-	}
+	scratch = scratch_acquire();
 	if (!scratch)
 		return patched(MARK_VERDICT);
-	scratch->owner = owner;
 	message = &scratch->message;
 	parsed = parse(&source, scratch, message, device);
-	if (scratch->owner != owner) {
-		count(COUNT_PREEMPTED);
-		return patched(MARK_VERDICT);
+	if (parsed == IS_DNS) {
+		place.t_ns = bpf_ktime_get_ns();
+		if (device) {
+			place.ifindex = skb->ifindex;
+			place.netns = patched(MARK_NETNS);
+		} else if (hook == HOP_SEND || message->direction == QUERY) {
+			place.netns = netns_of_skb_sock((u64)skb);
+		}
+		seen(&source, (u64)skb, message, &place);
+	} else if (parsed == UNDECODABLE && !device) {
+		count(COUNT_UNDECODABLE);
 	}
-	if (parsed != IS_DNS) {
-		if (parsed == UNDECODABLE && !device)
-			count(COUNT_UNDECODABLE);
-		return patched(MARK_VERDICT);
-	}
-	place.t_ns = bpf_ktime_get_ns();
-	if (device) {
-		place.ifindex = skb->ifindex;
-		place.netns = patched(MARK_NETNS);
-	} else if (hook == HOP_SEND || message->direction == QUERY) {
-		place.netns = netns_of_skb_sock((u64)skb);
-	}
-	seen(&source, (u64)skb, message, &place);
+	scratch_release(scratch);
 	return patched(MARK_VERDICT);
 }
 
@@ -411,7 +418,8 @@ static __always_inline bool open_skb(u64 skb, struct source *source)
 	bpf_probe_read_kernel(&head, sizeof(head), (void *)(skb + OFFSET_sk_buff_head));
 	if (bpf_probe_read_kernel(ports, sizeof(ports), (void *)(head + transport)))
 		return false;
-	if (!is_dns_port(ports[0]) && !is_dns_port(ports[1]))
+	/* Before IP has looked at a packet, both headers start at the same place. */
+	if (transport != network && !is_dns_port(ports[0]) && !is_dns_port(ports[1]))
 		return false;
 	READ_FIELD(data, skb, OFFSET_sk_buff_data);
 	READ_FIELD(len, skb, OFFSET_sk_buff_len);
@@ -433,8 +441,7 @@ int kprobe_packet(void *ctx)
 	u64 argument_1 = *(u64 *)((u64)ctx + OFFSET_argument_1);
 	u64 argument_2 = *(u64 *)((u64)ctx + OFFSET_argument_2);
 	u64 skb = patched(MARK_SKB_ARGUMENT) ? argument_1 : argument_0;
-	u64 owner = bpf_get_current_pid_tgid();
-	u32 hook = patched(MARK_HOOK), key = owner & (TASK_SCRATCHES - 1);
+	u32 hook = patched(MARK_HOOK);
 	struct place place = { .kind = hook };
 	struct source source = {};
 	struct scratch *scratch;
@@ -445,21 +452,21 @@ int kprobe_packet(void *ctx)
 		return 0;
 	if (!open_skb(skb, &source))
 		return 0;
-	scratch = task_scratch.lookup(&key);
+	scratch = scratch_acquire();
 	if (!scratch)
 		return 0;
 	parsed = parse(&source, scratch, &scratch->message, false);
-	if (parsed != IS_DNS) {
-		if (parsed == UNDECODABLE)
-			count(COUNT_UNDECODABLE);
-		return 0;
+	if (parsed == IS_DNS) {
+		place.t_ns = bpf_ktime_get_ns();
+		if (hook == HOP_RECEIVE)
+			place.netns = netns_of_sock(argument_0);
+		else
+			place.netns = netns_of_skb_sock(skb);
+		seen(&source, skb, &scratch->message, &place);
+	} else if (parsed == UNDECODABLE) {
+		count(COUNT_UNDECODABLE);
 	}
-	place.t_ns = bpf_ktime_get_ns();
-	if (hook == HOP_RECEIVE)
-		place.netns = netns_of_sock(argument_0);
-	else
-		place.netns = netns_of_skb_sock(skb);
-	seen(&source, skb, &scratch->message, &place);
+	scratch_release(scratch);
 	return 0;
 }
 #endif
@@ -471,13 +478,17 @@ int packet_dropped(struct bpf_raw_tracepoint_args *ctx)
 	struct place place = { .kind = HOP_DROP };
 	struct source source = {};
 	struct scratch *scratch;
-	u32 zero = 0, ifindex = 0, netns = 0;
+	u32 ifindex = 0, netns = 0;
 
 	if (!open_skb(skb, &source))
 		return 0;
-	scratch = drop_scratch.lookup(&zero);
-	if (!scratch || parse(&source, scratch, &scratch->message, false) != IS_DNS)
+	scratch = scratch_acquire();
+	if (!scratch)
 		return 0;
+	if (parse(&source, scratch, &scratch->message, false) != IS_DNS) {
+		scratch_release(scratch);
+		return 0;
+	}
 	place.t_ns = bpf_ktime_get_ns();
 	place.drop_location = ctx->args[1];
 #ifdef HAVE_DROP_REASON
@@ -490,6 +501,7 @@ int packet_dropped(struct bpf_raw_tracepoint_args *ctx)
 	place.ifindex = ifindex;
 	place.netns = netns;
 	seen(&source, skb, &scratch->message, &place);
+	scratch_release(scratch);
 	return 0;
 }
 

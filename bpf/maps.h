@@ -6,7 +6,8 @@
 #ifndef DNSTRACE_MAPS_H
 #define DNSTRACE_MAPS_H
 
-#define TASK_SCRATCHES 1024 /* a power of two */
+#define SCRATCHES 4
+#define WANTED_MAX 262144 /* more containers than a node can have, their cgroups included */
 #define DNS_PORT_WORDS 1024 /* 65,536 bits */
 
 /*
@@ -41,18 +42,31 @@ BPF_F_TABLE("array", u32, u64, slot_start, SLOTS, BPF_F_MMAPABLE);
 /* When a variant above 0 last began: unless lately, nobody needs to look for them. */
 BPF_ARRAY(variant_last_ns, u64, 1);
 
+/*
+ * When there last was no room for a query. For a while, a packet that fits no
+ * transaction may belong to that one, so none begins on its way.
+ */
+BPF_ARRAY(crowded_last_ns, u64, 1);
+#define CROWDED_MEMORY_NS 1000000000ULL
+
 BPF_RINGBUF_OUTPUT(small_ring, SMALL_PAGES);
 BPF_RINGBUF_OUTPUT(large_ring, LARGE_PAGES);
 
 BPF_PERCPU_ARRAY(counters, u64, COUNTERS);
 BPF_ARRAY(settings, struct settings, 1);
 BPF_ARRAY(dns_ports, u64, DNS_PORT_WORDS);
-BPF_HASH(wanted_cgroups, u64, u8, 16384);
-BPF_HASH(wanted_netns, u32, u8, 16384);
+BPF_F_TABLE("hash", u64, u8, wanted_cgroups, WANTED_MAX, BPF_F_NO_PREALLOC);
+BPF_F_TABLE("hash", u32, u8, wanted_netns, WANTED_MAX, BPF_F_NO_PREALLOC);
 
 /* Tunnel headers, an IPv6 header with options, UDP, and the longest question. */
 #define SCRATCH_BYTES 512
 #define PACKET_BYTES (SCRATCH_BYTES - 16)
+
+/* A slot, as it was when it was found. */
+struct found {
+	u32 number; /* NO_SLOT: none */
+	u32 generation;
+};
 
 /* A DNS message over UDP, and where it lies. */
 struct message {
@@ -67,21 +81,23 @@ struct message {
 	u8 direction;
 	u8 family;
 	u8 unreachable; /* an ICMP error that carries the query back */
+	/* What it belongs to. Here because the verifier then does not follow it; see forgotten. */
+	volatile struct found found;
 };
 
 struct scratch {
-	u64 owner; /* who fills it now: tells when somebody else took it over */
+	u64 in_use;
 	struct message message;
 	u8 bytes[SCRATCH_BYTES + 16]; /* reads of up to 16 bytes at a masked offset stay inside */
 };
 
 /*
- * Where packets are parsed. Programs in softirq context are not preempted by
- * one another; those in process context can be, so each task has its own, by
- * the low bits of its id.
+ * Where packets are parsed. A CPU needs more than one: a program in process
+ * context can be interrupted by one in a softirq, and preempted by one of
+ * another task.
  */
-BPF_ARRAY(task_scratch, struct scratch, TASK_SCRATCHES);
-BPF_PERCPU_ARRAY(softirq_scratch, struct scratch, 1);
-BPF_PERCPU_ARRAY(drop_scratch, struct scratch, 1);
+BPF_PERCPU_ARRAY(scratches, struct scratch, SCRATCHES);
+/* See forgotten. Only for programs in softirq context. */
+BPF_PERCPU_ARRAY(forgetful, u32, 1);
 
 #endif

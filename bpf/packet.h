@@ -21,6 +21,7 @@
 #define PROTO_UDP 17
 #define PROTO_ICMPV6 58
 #define ICMP_DEST_UNREACH 3
+#define ICMP_FRAG_NEEDED 4
 #define ICMPV6_DEST_UNREACH 1
 #define ICMP_HLEN 8
 #define UDP_HLEN 8
@@ -45,10 +46,10 @@ struct source {
  * A number by way of memory, which the verifier does not follow: whatever the
  * path here was, what comes next is checked once and not once per path.
  */
-static __always_inline u32 forgotten(struct message *message, u32 number)
+static __always_inline u32 forgotten(u32 *memory, u32 number)
 {
-	*(volatile u32 *)&message->offset = number;
-	return *(volatile u32 *)&message->offset;
+	*(volatile u32 *)memory = number;
+	return *(volatile u32 *)memory;
 }
 
 static __always_inline u8 u8_at(struct scratch *scratch, u32 offset)
@@ -198,7 +199,8 @@ static __always_inline u32 find_udp(struct scratch *scratch, u32 captured, u32 o
 	}
 	if (version == 4 && u8_at(scratch, offset + 9) == PROTO_ICMP) {
 		offset += (u8_at(scratch, offset) & 15) * 4;
-		if (u8_at(scratch, offset) != ICMP_DEST_UNREACH)
+		if (u8_at(scratch, offset) != ICMP_DEST_UNREACH ||
+		    u8_at(scratch, offset + 1) == ICMP_FRAG_NEEDED)
 			return 0;
 		offset += ICMP_HLEN;
 		message->unreachable = 1;
@@ -250,6 +252,38 @@ static __always_inline u32 find_udp(struct scratch *scratch, u32 captured, u32 o
 	return offset + UDP_HLEN <= captured ? offset : 0;
 }
 
+static __always_inline void count(u32 which)
+{
+	u64 *value = counters.lookup(&which);
+
+	if (value)
+		__sync_fetch_and_add(value, 1);
+}
+
+/* A scratch buffer for as long as one program runs, or NULL, which is counted. */
+static __always_inline struct scratch *scratch_acquire(void)
+{
+	struct scratch *scratch;
+	u32 i, which;
+
+#pragma nounroll
+	for (i = 0; i < SCRATCHES; i++) {
+		which = i;
+		scratch = scratches.lookup(&which);
+		if (scratch && !*(volatile u64 *)&scratch->in_use) {
+			*(volatile u64 *)&scratch->in_use = 1;
+			return scratch;
+		}
+	}
+	count(COUNT_PREEMPTED);
+	return NULL;
+}
+
+static __always_inline void scratch_release(struct scratch *scratch)
+{
+	*(volatile u64 *)&scratch->in_use = 0;
+}
+
 enum parsed { NOT_DNS, UNDECODABLE, IS_DNS };
 
 /* Reads the DNS message of a packet, through VXLAN or Geneve where tunnels is set. */
@@ -266,7 +300,7 @@ static __always_inline enum parsed parse(struct source *source, struct scratch *
 	udp = find_udp(scratch, captured, 0, message);
 	if (!udp)
 		return NOT_DNS;
-	udp = forgotten(message, udp);
+	udp = forgotten(&message->offset, udp);
 	if (tunnels && is_tunnel_port(u16_at(scratch, udp + 2))) {
 		u32 inner = udp + UDP_HLEN + 8;
 
@@ -274,11 +308,12 @@ static __always_inline enum parsed parse(struct source *source, struct scratch *
 			inner += (u8_at(scratch, udp + UDP_HLEN) & 63) * 4;
 		if (inner + ETH_HLEN + 20 > captured)
 			return NOT_DNS;
-		udp = find_udp(scratch, captured, forgotten(message, inner + ETH_HLEN), message);
+		udp = find_udp(scratch, captured, forgotten(&message->offset, inner + ETH_HLEN),
+			       message);
 		if (!udp)
 			return NOT_DNS;
 	}
-	udp = forgotten(message, udp);
+	udp = forgotten(&message->offset, udp);
 	from = u16_at(scratch, udp);
 	to = u16_at(scratch, udp + 2);
 	message->offset = udp + UDP_HLEN;

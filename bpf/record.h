@@ -52,6 +52,7 @@ struct transaction {
 	u32 netns; /* of the sending socket; 0: unknown */
 	u32 pid; /* thread group id of the sender, in the initial pid namespace; 0: unknown */
 	u32 question_hash;
+	u32 generation; /* another one whenever the slot changes hands; see claim */
 	u16 query_len; /* DNS message bytes on the wire */
 	u16 query_captured;
 	u16 response_len;
@@ -66,6 +67,7 @@ struct transaction {
 	u8 variant; /* tells apart what shares client, port and id; see index_key */
 	u8 family; /* 4 or 6 */
 	u8 question_ok; /* 0: zero questions, or one that does not parse */
+	u8 pad[4];
 	char comm[16];
 	struct flow flows[MAX_FLOWS];
 	struct hop hops[MAX_HOPS];
@@ -91,8 +93,8 @@ enum counter {
 	COUNT_FILTERED, /* queries that the filter kept out */
 	COUNT_UNDECODABLE, /* packets on a DNS port that are not DNS */
 	COUNT_UNMATCHED_RESPONSES, /* responses that reached a socket and fit no query */
-	COUNT_PREEMPTED, /* packets whose scratch buffer was taken over while in use */
-	COUNT_HOPS_LOST, /* hops that found no room in their transaction, or their flow none */
+	COUNT_PREEMPTED, /* packets that found all scratch buffers of their CPU in use */
+	COUNT_HOPS_LOST, /* hops without room in their transaction, or whose transaction had none */
 	COUNTERS
 };
 

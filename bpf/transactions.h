@@ -30,14 +30,6 @@ struct sender {
 	char comm[16];
 };
 
-static __always_inline void count(u32 which)
-{
-	u64 *value = counters.lookup(&which);
-
-	if (value)
-		*value += 1;
-}
-
 static __always_inline bool same_address(const __be64 *a, const __be64 *b)
 {
 	return a[1] == b[1] && a[0] == b[0];
@@ -93,35 +85,41 @@ static __always_inline bool variants_lately(u64 now_ns)
 }
 
 /*
- * Finds the transaction of a message whose addresses are flow. Returns its slot
- * or NO_SLOT. several: it may be one of some that share client, port and id, as
- * musl sends one query to all servers; then the server decides, if it is known.
+ * Finds the transaction of a message whose addresses are flow. several: it may
+ * be one of some that share client, port and id, as musl sends one query to all
+ * servers; then the server decides, if it is known.
  */
-static __always_inline u32 find_slot(struct message *message, struct flow *flow, bool several)
+static __always_inline void find_slot(struct message *message, struct flow *flow, bool several)
 {
-	u32 variant, likely = NO_SLOT, *number;
+	volatile struct found *found = &message->found;
+	u32 variant, *number, generation;
 	struct transaction *slot;
 	struct index_key key;
 
+	found->number = NO_SLOT;
 #pragma nounroll
 	for (variant = 0; variant < MAX_VARIANTS; variant++) {
 		make_key(&key, flow, message->id, variant);
 		number = slot_index.lookup(&key);
 		if (number) {
-			u32 found = *number;
+			u32 candidate = *number;
 
-			slot = slots.lookup(&found);
+			slot = slots.lookup(&candidate);
+			generation = slot ? slot->generation : 0;
 			if (slot && is_about(slot, message)) {
-				if (!several || knows_server(slot, flow))
-					return found;
-				if (likely == NO_SLOT)
-					likely = found;
+				bool certain = !several || knows_server(slot, flow);
+
+				if (certain || found->number == NO_SLOT) {
+					found->number = candidate;
+					found->generation = generation;
+				}
+				if (certain)
+					return;
 			}
 		}
 		if (!several)
 			break;
 	}
-	return likely;
 }
 
 static __always_inline void lose_hop(struct transaction *slot)
@@ -177,15 +175,24 @@ static __always_inline void add_hop(struct transaction *slot, struct message *me
 		slot->drop_location = place->drop_location;
 }
 
-/* Takes the key of a transaction out of the index. True: the caller now owns the slot. */
-static __always_inline bool claim(struct transaction *slot)
+/*
+ * Takes the key of a transaction out of the index. True: the caller now owns the
+ * slot. Since it was found, another CPU may have ended it and begun another in
+ * the same slot; the generation tells. Should that happen between the first look
+ * and the last, the other one loses its key, and user space counts it as lost.
+ */
+static __always_inline bool claim(struct transaction *slot, u32 generation)
 {
+	volatile u32 *current = &slot->generation;
 	struct index_key key;
 	u32 i;
 
-	make_key(&key, &slot->flows[0], slot->dns_id, slot->variant);
-	if (slot_index.delete(&key))
+	if (*current != generation)
 		return false;
+	make_key(&key, &slot->flows[0], slot->dns_id, slot->variant);
+	if (slot_index.delete(&key) || *current != generation)
+		return false;
+	*current = generation + 1;
 	if (slot->nflows < 2)
 		return true;
 #pragma unroll
@@ -199,6 +206,25 @@ static __always_inline bool claim(struct transaction *slot)
 		slot_index.delete(&key);
 	}
 	return true;
+}
+
+/* There was no room for a query, which is counted as lost. */
+static __always_inline void crowded(u64 now_ns)
+{
+	u32 zero = 0;
+	u64 *last_ns = crowded_last_ns.lookup(&zero);
+
+	if (last_ns)
+		*last_ns = now_ns;
+	count(COUNT_TABLE_FULL);
+}
+
+static __always_inline bool crowded_lately(u64 now_ns)
+{
+	u32 zero = 0;
+	u64 *last_ns = crowded_last_ns.lookup(&zero);
+
+	return last_ns && *last_ns && now_ns < *last_ns + CROWDED_MEMORY_NS;
 }
 
 static __always_inline void release(u32 number)
@@ -247,10 +273,10 @@ static __always_inline void emit(struct transaction *slot, struct source *source
 }
 
 /* A slot for a new transaction: a free one, else that of the oldest of a few. */
-static __always_inline u32 take_slot(void)
+static __always_inline u32 take_slot(u64 now_ns)
 {
-	u32 number = NO_SLOT, start = bpf_get_prandom_u32(), i;
-	u64 oldest_ns = ~0ULL;
+	u32 number = NO_SLOT, start = bpf_get_prandom_u32(), generation, i;
+	u64 oldest_ns = ~0ULL, *start_ns;
 	struct transaction *slot;
 
 	if (free_slots.pop(&number) == 0)
@@ -258,16 +284,19 @@ static __always_inline u32 take_slot(void)
 #pragma nounroll
 	for (i = 0; i < EVICTION_CANDIDATES; i++) {
 		u32 candidate = (start + i) & (SLOTS - 1);
-		u64 *start_ns = slot_start.lookup(&candidate);
 
+		start_ns = slot_start.lookup(&candidate);
 		if (start_ns && *start_ns && *start_ns < oldest_ns) {
 			oldest_ns = *start_ns;
 			number = candidate;
 		}
 	}
+	crowded(now_ns);
 	slot = slots.lookup(&number);
-	count(COUNT_TABLE_FULL);
-	if (!slot || !claim(slot))
+	if (!slot)
+		return NO_SLOT;
+	generation = slot->generation;
+	if (slot->start_ns != oldest_ns || !claim(slot, generation))
 		return NO_SLOT;
 	return number;
 }
@@ -321,13 +350,14 @@ static __always_inline void add_alias(u32 number, struct transaction *slot, stru
 
 /*
  * Looks for the variant that a new query can have. Returns MAX_VARIANTS when all
- * are taken. *number: the slot of an earlier attempt, whose variant is reused.
+ * are taken. Found is then the slot of an earlier attempt, whose variant is reused.
  */
-static __always_inline u32 free_variant(struct message *message, struct flow *asked, u32 *number)
+static __always_inline u32 free_variant(struct message *message, struct flow *asked)
 {
+	volatile struct found *earlier = &message->found;
 	struct transaction *slot;
 	struct index_key key;
-	u32 variant, *known;
+	u32 variant, number, *known;
 
 #pragma nounroll
 	for (variant = 0; variant < MAX_VARIANTS; variant++) {
@@ -335,12 +365,14 @@ static __always_inline u32 free_variant(struct message *message, struct flow *as
 		known = slot_index.lookup(&key);
 		if (!known)
 			break;
-		*number = *known;
-		slot = slots.lookup(number);
+		number = *known;
+		slot = slots.lookup(&number);
+		earlier->number = number;
+		earlier->generation = slot ? slot->generation : 0;
 		if (slot && slot->question_hash == message->question_hash &&
 		    same_flow(&slot->flows[0], asked))
 			break;
-		*number = NO_SLOT;
+		earlier->number = NO_SLOT;
 	}
 	return variant;
 }
@@ -368,7 +400,7 @@ static __always_inline void begin(u32 number, struct source *source, struct mess
 	make_key(&key, asked, message->id, variant);
 	if (slot_index.insert(&key, &number)) {
 		release(number);
-		count(COUNT_TABLE_FULL);
+		crowded(place->t_ns);
 		return;
 	}
 	add_alias(number, slot, &message->flow);

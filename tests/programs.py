@@ -191,7 +191,8 @@ class Programs:
         while self.in_flight():
             self.expire()
         self.records()
-        bpf.map_update(self.session.built.map_fds["variant_last_ns"], bytes(4), bytes(8))
+        for memory in ("variant_last_ns", "crowded_last_ns"):
+            bpf.map_update(self.session.built.map_fds[memory], bytes(4), bytes(8))
         self._counted_before = self.session.counters()
 
     def check_accounts(self, expired: int = 0) -> None:

@@ -214,6 +214,8 @@ def answer(kernel: Programs, flow: Flow = FLOW, dns_id: int = p.DNS_ID, name: by
 
 # Where headers end.
 
+LATER_S = 0.002  # after which a query that comes again was asked again, and not doubled
+
 
 @pytest.mark.parametrize(("inner", "outer"), CARRIED)
 def test_query_and_response_at_a_device_are_one_transaction(
@@ -762,6 +764,7 @@ def test_query_asked_again_from_afar_is_an_attempt_more(
 ) -> None:
     """The client's socket is on another machine: what comes by where it first did, is sent anew."""
     for number in range(3):
+        time.sleep(LATER_S)
         kernel.show(first, QUERY)
         kernel.show(EGRESS, QUERY, OTHER_NODE)
         assert [record["attempt"] for record in kernel.records()] == ([number] if number else [])
@@ -773,9 +776,28 @@ def test_query_asked_again_from_afar_is_an_attempt_more(
 
 def test_timeout_of_a_query_that_a_server_received_has_no_end(kernel: Programs) -> None:
     for _ in range(2):
+        time.sleep(LATER_S)
         kernel.show(RECEIVE, QUERY)
     record = kernel.record()
     assert (record.status, record["end_ns"]) == (Status.TIMEOUT, 0)
+
+
+def test_query_doubled_by_the_network_is_not_asked_again(kernel: Programs) -> None:
+    for _ in range(2):
+        kernel.show(INGRESS, QUERY)
+    assert kernel.records() == []
+    kernel.show(EGRESS, RESPONSE)
+    assert kernel.record()["attempt"] == 1
+
+
+def test_answer_of_somebody_who_was_not_asked_ends_nothing(kernel: Programs) -> None:
+    kernel.show(SEND, QUERY)
+    kernel.show(RECEIVE, p.response_packet(dns_response(), OTHER_SERVER))
+    assert kernel.records() == []
+    kernel.show(RECEIVE, RESPONSE)
+    record = kernel.record()
+    assert record.status == Status.ANSWERED
+    assert record.hops[-1][0] == RECEIVE
 
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])

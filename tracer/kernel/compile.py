@@ -46,6 +46,7 @@ MAPS = (
     "slots",
     "slot_start",
     "variant_last_ns",
+    "crowded_last_ns",
     "small_ring",
     "large_ring",
     "counters",
@@ -53,9 +54,8 @@ MAPS = (
     "dns_ports",
     "wanted_cgroups",
     "wanted_netns",
-    "task_scratch",
-    "softirq_scratch",
-    "drop_scratch",
+    "scratches",
+    "forgetful",
 )
 
 # What BCC and the programs take from the kernel's headers, and nothing else.

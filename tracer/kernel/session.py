@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import resource
 import struct
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -76,7 +77,7 @@ class Session:
     devices: Devices = field(init=False)
 
     def __post_init__(self) -> None:
-        self.devices = Devices(self._attach_device)
+        self.devices = Devices(self._attach_device, self._forget_namespace)
 
     @classmethod
     def open(
@@ -178,10 +179,8 @@ class Session:
         for link in self._links:
             os.close(link)
         self._links.clear()
-        for loaded in self._device_programs.values():
-            for program in loaded.values():
-                os.close(program)
-        self._device_programs.clear()
+        for inode, _ in list(self._device_programs):
+            self._forget_namespace(inode)
 
     def close(self) -> None:
         """Detaches, and gives up the tables."""
@@ -204,12 +203,15 @@ class Session:
 
     def _attach_device(self, device: Device) -> Callable[[], None]:
         key = (device.netns, device.l2_len)
-        if key not in self._device_programs:
-            self._device_programs[key] = {
-                kind: programs.load_device_program(self.built, kind, *key)
-                for kind in (HopKind.INGRESS, HopKind.EGRESS)
-            }
-        return programs.attach_to_device(self._device_programs[key], device.ifindex)
+        loaded = self._device_programs.setdefault(key, {})
+        for kind in (HopKind.INGRESS, HopKind.EGRESS):
+            if kind not in loaded:
+                loaded[kind] = programs.load_device_program(self.built, kind, *key)
+        return programs.attach_to_device(loaded, device.ifindex)
+
+    def _forget_namespace(self, inode: int) -> None:
+        for key in [key for key in self._device_programs if key[0] == inode]:
+            programs.close_all(self._device_programs.pop(key).values())
 
 
 def _raise_limits() -> None:

@@ -55,7 +55,7 @@ class Table:
             slot = np.frombuffer(raw, TRANSACTION)[0]
             if slot["start_ns"] != start[number]:
                 continue  # ended and begun anew since
-            if self._claim(slot):
+            if self._claim(number, slot):
                 ended.append(raw)
                 self._release(number)
                 self._stuck.pop(number, None)
@@ -68,7 +68,8 @@ class Table:
                 self._stuck[number] = int(start[number])
         return np.frombuffer(b"".join(ended), TRANSACTION)
 
-    def _claim(self, slot: np.void) -> bool:
+    def _claim(self, number: int, slot: np.void) -> bool:
+        """As claim in bpf/transactions.h does."""
         # NumPy's scalars are in host byte order, whatever the order of the array.
         dns_id, variant = int(slot["dns_id"]).to_bytes(2, "big"), int(slot["variant"])
         names = [
@@ -77,6 +78,12 @@ class Table:
         ]
         if not bpf.map_delete(self._index, _KEY.pack(*names[0], dns_id, variant)):
             return False
+        raw = bpf.map_lookup(self._slots, _U32.pack(number), TRANSACTION.itemsize)
+        if raw is None or np.frombuffer(raw, TRANSACTION)[0]["generation"] != slot["generation"]:
+            return False  # begun anew since: that one has lost its key now, and comes up as stuck
+        ended = np.frombuffer(raw, TRANSACTION).copy()
+        ended["generation"] += 1
+        bpf.map_update(self._slots, _U32.pack(number), ended.tobytes())
         for name in set(names[1:]) - {names[0]}:
             bpf.map_delete(self._index, _KEY.pack(*name, dns_id, variant))
         return True
