@@ -9,7 +9,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tracer import arguments
+from tracer import arguments, streams
+from tracer.streams import OutputError, say
 
 if TYPE_CHECKING:
     import argparse
@@ -24,22 +25,36 @@ _LAB_PODS = Path("/run/dnstrace-lab/pods.json")
 
 def main(argv: list[str] | None = None) -> int:
     """Runs a command line; returns the exit status."""
-    args = arguments.parse(sys.argv[1:] if argv is None else argv)
     try:
-        if args.command == "lab":
-            from tracer.lab import cli as lab
-
-            return lab.main(args)
-        if args.command == "doctor":
-            from tracer import doctor
-
-            return doctor.main()
-        return _trace(args)
+        streams.settle()
+        return _run(sys.argv[1:] if argv is None else argv)
     except BrokenPipeError:  # whoever read our output has had enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        streams.discard(sys.stdout)
         return OK
+    except OutputError as error:
+        if sys.stdout is not None:
+            streams.discard(sys.stdout)
+        say(str(error))
+        return FAILED
     except KeyboardInterrupt:
         return OK
+
+
+def _run(argv: list[str]) -> int:
+    with streams.writing():
+        try:
+            args = arguments.parse(argv)
+        finally:
+            sys.stdout.flush()  # the help, which may not have fitted
+    if args.command == "lab":
+        from tracer.lab import cli as lab
+
+        return lab.main(args)
+    if args.command == "doctor":
+        from tracer import doctor
+
+        return doctor.main()
+    return _trace(args)
 
 
 def _trace(args: argparse.Namespace) -> int:
@@ -112,12 +127,6 @@ def _trace(args: argparse.Namespace) -> int:
     return OK
 
 
-def say(message: str) -> None:
-    """One line for the person at the terminal."""
-    sys.stderr.write(f"dnstrace: {message}\n")
-    sys.stderr.flush()
-
-
 def _inventory(args: argparse.Namespace) -> Inventory:
     """What is known of pods. Raises PodsFileError."""
     from tracer.cluster import pods_file
@@ -161,10 +170,31 @@ def _unknown_pods(args: argparse.Namespace, identities: Identities) -> str | Non
                 {p.name for p in pods if not args.namespace or p.namespace in args.namespace}
             )
             return f"no pod is called {glob!r}{_near(glob, known)}"
+    return None if args.side == "server" else _untraceable(args, identities)
+
+
+def _untraceable(args: argparse.Namespace, identities: Identities) -> str | None:
+    """That none of the chosen pods can be told from others; of some, a line to say so."""
+    from tracer.show.cells import clean
+
+    chosen = identities.matching(args.namespace, args.pod)
+    lost = [clean(name) for name in identities.untraceable(chosen)]
+    if not lost:
+        return None
+    names = ", ".join(lost[:3]) + (f" and {len(lost) - 3} more" if len(lost) > 3 else "")
+    line = f"neither network namespace nor cgroup is known here of {names}"
+    if chosen and len(lost) == len(chosen):
+        return (
+            f"{line}: give 'netns' or 'cgroup' in the pods file, or leave --namespace and --pod out"
+        )
+    say(f"{line}: not traced")
     return None
 
 
 def _near(name: str, known: list[str]) -> str:
+    from tracer.show.cells import clean
+
+    known = [clean(other) for other in known]
     near = difflib.get_close_matches(name, known, n=3)
     return f"; did you mean {', '.join(near)}?" if near else f"; there are: {', '.join(known[:10])}"
 

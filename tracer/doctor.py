@@ -13,11 +13,13 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
+from tracer import streams
 from tracer.kernel import kprobes, netns
 from tracer.kernel.btf import VMLINUX, Btf, BtfError
 from tracer.kernel.compile import Compilation, CompileError
 from tracer.kernel.offsets import kernel_offsets
 from tracer.kernel.session import Limits, Selection, Session, Unsupported
+from tracer.show.cells import printable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -49,16 +51,19 @@ def main() -> int:
     for finding in examine():
         able = able and finding.state != "MISSING"
         mark = "ok" if finding.state == "ok" else finding.state
-        sys.stdout.write(f"{mark:<8}{finding.what:<18}{finding.detail}\n")
+        lines = [f"{mark:<8}{finding.what:<18}{finding.detail}"]
         if finding.fix:
-            sys.stdout.write(f"{'':<26}fix: {finding.fix}\n")
-        sys.stdout.flush()
-    sys.stdout.write(
-        "\nThis host can be traced.\n"
-        if able
-        else "\nThis host cannot be traced yet: see MISSING.\n"
-    )
+            lines.append(f"{'':<26}fix: {finding.fix}")
+        _write(*lines)
+    _write("", f"This host {'can be traced.' if able else 'cannot be traced yet: see MISSING.'}")
     return _OK if able else _UNSUPPORTED
+
+
+def _write(*lines: str) -> None:
+    with streams.writing():
+        # Devices, for one, are called what whoever made them likes.
+        sys.stdout.writelines(f"{printable(line)}\n" for line in lines)
+        sys.stdout.flush()
 
 
 def examine() -> Iterator[Finding]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Protocol
 
+from tracer import streams
 from tracer.export import jsonl
 from tracer.run import Totals, losses
 from tracer.transaction import Lookup, Transaction
@@ -43,13 +44,12 @@ class JsonOutput:
             jsonl.lookup(item) if isinstance(item, Lookup) else jsonl.transaction(item)
             for item in items
         ]
-        sys.stdout.buffer.write(b"".join(lines))
-        sys.stdout.buffer.flush()
+        self._write(b"".join(lines))
 
     def finish(self, session: Session, totals: Totals) -> None:
         """The summary line."""
         lost, unmatched = losses(session, totals)
-        sys.stdout.buffer.write(
+        self._write(
             jsonl.summary(
                 transactions=totals.transactions,
                 lookups=totals.lookups,
@@ -58,12 +58,16 @@ class JsonOutput:
                 unmatched=unmatched,
             )
         )
-        sys.stdout.buffer.flush()
         from tracer.show import summary
 
         lost.pop("filtered")
         for line in summary.losses(lost, unmatched):
-            sys.stderr.write(f"dnstrace: {line}\n")
+            streams.say(line)
+
+    def _write(self, lines: bytes) -> None:
+        with streams.writing():
+            sys.stdout.buffer.write(lines)
+            sys.stdout.buffer.flush()
 
 
 class TextOutput:
@@ -84,10 +88,12 @@ class TextOutput:
                 self._summary.add_lookup(item)
             else:
                 self._summary.add(item)
-        self._view.write(items)
+        with streams.writing():
+            self._view.write(items)
 
     def finish(self, session: Session, totals: Totals) -> None:
         """The summary, in words."""
         lost, unmatched = losses(session, totals)
-        sys.stdout.flush()
-        sys.stderr.write(self._summary.text(totals.duration_ns, lost, unmatched) + "\n")
+        with streams.writing():
+            sys.stdout.flush()
+        streams.tell(self._summary.text(totals.duration_ns, lost, unmatched))

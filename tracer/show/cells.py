@@ -38,8 +38,13 @@ def clean(text: str) -> str:
     """The text with all that is not printable as escapes, and not endless."""
     if text.isascii() and text.isprintable() and len(text) <= TEXT_MAX:
         return text
-    text = "".join(c if c.isprintable() else _escape(c) for c in text[: TEXT_MAX + 1])
+    text = printable(text[: TEXT_MAX + 1])
     return text if len(text) <= TEXT_MAX else text[: TEXT_MAX - 1] + ELLIPSIS
+
+
+def printable(text: str) -> str:
+    """The text, of any length, with all that is not printable as escapes."""
+    return "".join(c if c.isprintable() else _escape(c) for c in text)
 
 
 def address(ip: str, port: int) -> str:

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The standard streams: perhaps closed, perhaps full, perhaps a terminal that obeys what it reads."""
+
+from __future__ import annotations
+
+import os
+import sys
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, TextIO
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+class OutputError(Exception):
+    """stdout does not take what is written to it. The message is one line."""
+
+
+def settle() -> None:
+    """Gives closed standard descriptors to /dev/null, lest what is opened next take their numbers.
+
+    A closed stderr is no reason not to trace. Raises OutputError where it is stdout.
+    """
+    closed = [number for number in range(3) if not _is_open(number)]
+    for _ in closed:
+        os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - stays open until the end
+    if sys.stdout is None:
+        raise OutputError("cannot write output: stdout is closed")
+
+
+@contextmanager
+def writing() -> Iterator[None]:
+    """Around what writes to stdout. Raises OutputError, and BrokenPipeError as it is."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise OutputError(f"cannot write output: {error.strerror}") from error
+
+
+def discard(stream: TextIO) -> None:
+    """What the stream still holds, and all that is written to it later, goes nowhere."""
+    nowhere = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
+
+
+def say(message: str) -> None:
+    """One line for the person at the terminal."""
+    if not message.isprintable():
+        from tracer.show import cells  # which loads rich, and hardly any message needs it
+
+        message = cells.printable(message)
+    tell(f"dnstrace: {message}")
+
+
+def tell(text: str) -> None:
+    """Lines for the person at the terminal, as they are. If nobody can read them, so be it."""
+    try:
+        sys.stderr.write(text + "\n")
+        sys.stderr.flush()
+    except OSError:
+        discard(sys.stderr)
+
+
+def _is_open(descriptor: int) -> bool:
+    try:
+        os.fstat(descriptor)
+    except OSError:
+        return False
+    return True
