@@ -16,6 +16,7 @@ from unittest import mock
 import pytest
 
 from tests.namespaces import new_namespace, run
+from tests.programs import loaded_programs
 from tracer.kernel import netns, rtnetlink
 from tracer.kernel.devices import Devices
 
@@ -211,6 +212,29 @@ def test_namespace_that_cannot_be_entered_is_counted_once_and_leaks_nothing() ->
         assert devices.failures == 1
         assert devices.namespaces() == [inode]
         devices.close()
+
+
+def test_programs_of_a_namespace_that_has_gone_are_closed() -> None:
+    """The programs are real, and so is the attaching."""
+    with loaded_programs() as programs, new_namespace() as gone, node() as home:
+        session = programs.session
+        devices = Devices(session._attach_device, session._forget_namespace)
+        with netns.entered(gone):
+            run("ip link add veth0 type veth peer name veth1")
+            run("ip tuntap add tun0 mode tun")
+        before = len(os.listdir("/proc/self/fd"))
+        found = {**netns.paths(), inode_of(gone): f"/proc/self/fd/{gone}"}
+        with mock.patch.object(netns, "paths", return_value=found), netns.entered(gone):
+            devices._scan()
+        keys = {(inode_of(gone), 14), (inode_of(gone), 0)}
+        assert (set(session._device_programs), devices.failures) == (keys, 0)
+        assert devices.count() == 3
+        devices._scan()
+        assert devices.namespaces() == [home]
+        assert session._device_programs == {}
+        assert devices.failures == 0
+        devices.close()
+        assert len(os.listdir("/proc/self/fd")) == before - 2  # its pipe
 
 
 def name_of(devices: Devices, inode: int, ifindex: int) -> str | None:

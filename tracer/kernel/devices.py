@@ -78,8 +78,10 @@ class Devices:
     thread; `last_failure` says why.
     """
 
-    def __init__(self, attach: Attach) -> None:
+    def __init__(self, attach: Attach, forget: Callable[[int], None] | None = None) -> None:
+        """`forget` is told the inode of each namespace that nothing is attached in any more."""
         self._attach = attach
+        self._forget = forget
         self._namespaces: dict[int, _Namespace] = {}
         self._known: dict[tuple[int, int], Device] = {}
         self._gone: list[tuple[float, tuple[int, int]]] = []
@@ -108,7 +110,7 @@ class Devices:
             self._thread.join()
         with rcu.expedited():
             for namespace in list(self._namespaces.values()):
-                self._drop_namespace(namespace)
+                self._try(partial(self._drop_namespace, namespace))
         os.close(self._stop_read)
         os.close(self._stop_write)
 
@@ -275,12 +277,16 @@ class Devices:
         self._gone.append((time.monotonic(), (namespace.inode, ifindex)))
 
     def _drop_namespace(self, namespace: _Namespace) -> None:
-        with netns.entered(namespace.fd):
-            for ifindex in list(namespace.attached):
-                self._release(namespace, ifindex)
-        namespace.changes.close()
-        os.close(namespace.fd)
-        self._namespaces.pop(namespace.inode, None)
+        try:
+            with netns.entered(namespace.fd):
+                for ifindex in list(namespace.attached):
+                    self._release(namespace, ifindex)
+        finally:
+            namespace.changes.close()
+            os.close(namespace.fd)
+            self._namespaces.pop(namespace.inode, None)
+            if self._forget:
+                self._forget(namespace.inode)
 
 
 def _l2_len(link: Link) -> int | None:
