@@ -145,8 +145,10 @@ class Assembler:
                 comm_text(comm) if pid else None,
                 *name_client(cgroup_id, netns, client_ip),
             )
+            service = name_service(server_ip, server_port)
             backend = None
-            if backend_at:
+            # Before NAT, and once it is undone, a service's address says nothing of who is behind.
+            if backend_at and not (service is not None and backend_at[2]):
                 backend_ip = ip_text(backend_at[0])
                 backend = Backend(backend_ip, backend_at[1], *name_pod(backend_ip))
             yield Transaction(
@@ -161,7 +163,7 @@ class Assembler:
                 latency_ns,
                 attempt,
                 client,
-                Server(server_ip, server_port, name_service(server_ip, server_port)),
+                Server(server_ip, server_port, service),
                 backend,
                 query,
                 message,
@@ -284,35 +286,55 @@ def _statuses(slots: NDArray[np.void]) -> list[Status]:
     ]
 
 
-def _backends(slots: NDArray[np.void]) -> list[tuple[bytes, int] | None]:
+def _backends(slots: NDArray[np.void]) -> list[tuple[bytes, int, bool] | None]:
     """Who answered, or was asked last: the server's address where its own packets were seen.
 
-    At the client's sockets NAT is not done yet, or undone again, so these alone do not tell.
+    At the client's sockets NAT is not done yet, or undone again, so these alone do not tell. Also
+    says whether it is just the address that was asked, seen at no socket of the server.
     """
     rows = np.arange(len(slots))
-    hops = slots["hops"]
+    hops, flows = slots["hops"], slots["flows"]
+    kinds = hops["kind"]
     places = np.arange(hops.shape[1])
     there = places < slots["nhops"][:, None]
     response = there & (hops["direction"] == 1)
     query = there & (hops["direction"] == 0)
+
     first_response = np.argmax(response, axis=1)
-    answered = response.any(axis=1) & (hops["kind"][rows, first_response] != Kind.RECEIVE)
+    response_kind = kinds[rows, first_response]
+    response_flow = flows[rows, hops["flow"][rows, first_response]]
+    answered = response.any(axis=1) & (response_kind != Kind.RECEIVE)
+    # A response that is seen only after NAT was undone tells less than the query may have.
+    telling = ~_same_server(response_flow, flows[:, 0]) | (response_kind == Kind.SEND)
+
     last_query = hops.shape[1] - 1 - np.argmax(query[:, ::-1], axis=1)
-    last_kind = hops["kind"][rows, last_query]
+    query_kind = kinds[rows, last_query]
+    query_flow = hops["flow"][rows, last_query]
     arrived = (
-        (last_kind == Kind.EGRESS)
-        | (last_kind == Kind.RECEIVE)
-        | (hops["flow"][rows, last_query] != 0)
+        (query_kind == Kind.EGRESS) | (query_kind == Kind.RECEIVE) | (query_flow != 0)
     ) & query.any(axis=1)
-    hop = np.where(answered, first_response, last_query)
-    flow = slots["flows"][rows, hops["flow"][rows, hop]]
-    known = (answered | arrived).tolist()
+
+    by_response = answered & (telling | ~arrived)
+    flow = np.where(by_response, response_flow, flows[rows, query_flow])
+    at_socket = np.where(by_response, response_kind == Kind.SEND, query_kind == Kind.RECEIVE)
+    as_asked = _same_server(flow, flows[:, 0]) & ~at_socket
     return [
-        (address, port) if is_known else None
-        for address, port, is_known in zip(
-            flow["server_addr"].tolist(), flow["server_port"].tolist(), known, strict=True
+        (address, port, is_as_asked) if is_known else None
+        for address, port, is_as_asked, is_known in zip(
+            flow["server_addr"].tolist(),
+            flow["server_port"].tolist(),
+            as_asked.tolist(),
+            (answered | arrived).tolist(),
+            strict=True,
         )
     ]
+
+
+def _same_server(flows: NDArray[np.void], others: NDArray[np.void]) -> NDArray[np.bool_]:
+    same: NDArray[np.bool_] = (flows["server_addr"] == others["server_addr"]) & (
+        flows["server_port"] == others["server_port"]
+    )
+    return same
 
 
 def _nat(before: tuple[Address, Address], after: tuple[Address, Address]) -> Nat:
