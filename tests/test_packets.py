@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 MAX_VARIANTS = 4
+LATER_S = 0.002  # after which a query that comes again was asked again, and not doubled
 OTHER_SERVER = FLOW._replace(server="10.96.0.11")
 
 # How an IP packet may look: its flow, and what makes it of (UDP, source, destination).
@@ -133,6 +134,9 @@ NOT_DNS = {
     "echo request": p.ipv4(b"\x08\0\0\0" + QUERY, FLOW.client, FLOW.server, p.ICMP),
     "neighbour solicitation": p.ipv6(b"\x87" + bytes(63), FLOW6.client, FLOW6.server, p.ICMPV6),
     "time exceeded": p.ipv4(b"\x0b" + bytes(7) + QUERY, FLOW.client, FLOW.server, p.ICMP),
+    "fragmentation needed": p.ipv4(
+        b"\x03\x04" + bytes(6) + QUERY, FLOW.client, FLOW.server, p.ICMP
+    ),
     "unreachable TCP": p.unreachable(
         p.ipv4(p.tcp(b"", 50000, 53), FLOW.client, FLOW.server, p.TCP)
     ),
@@ -213,8 +217,6 @@ def answer(kernel: Programs, flow: Flow = FLOW, dns_id: int = p.DNS_ID, name: by
 
 
 # Where headers end.
-
-LATER_S = 0.002  # after which a query that comes again was asked again, and not doubled
 
 
 @pytest.mark.parametrize(("inner", "outer"), CARRIED)
@@ -742,6 +744,22 @@ def test_variant_too_many_is_counted(kernel: Programs) -> None:
     kernel.check_accounts()
 
 
+@pytest.mark.parametrize("hook", [INGRESS, EGRESS, RECEIVE])
+def test_query_without_room_begins_nothing_further_on(kernel: Programs, hook: HopKind) -> None:
+    """Otherwise what was lost at its socket would come up again, as somebody else's."""
+    for number in range(MAX_VARIANTS + 1):
+        ask(kernel, name=other_name(number))
+    kernel.show(hook, p.query_packet(dns_query(other_name(MAX_VARIANTS))))
+    assert kernel.in_flight() == MAX_VARIANTS
+    assert kernel.counted() == {
+        Counter.STARTED: MAX_VARIANTS + 1,
+        Counter.TABLE_FULL: 1,
+        Counter.HOPS_LOST: 1,
+    }
+    kernel.show(hook, p.query_packet(dns_query(other_name(0))))
+    assert kernel.counted()[Counter.HOPS_LOST] == 1
+
+
 def test_query_asked_again_is_an_attempt_more(kernel: Programs) -> None:
     ask(kernel)
     kernel.show(INGRESS, QUERY)
@@ -958,6 +976,30 @@ def test_slot_whose_key_is_lost_comes_back_at_the_second_look(kernel: Programs) 
     assert kernel.in_flight() == 1
     assert kernel.expire() == []
     assert kernel.in_flight() == 0
+    assert kernel.session.table.leaked == 1
+    kernel.session.table.leaked = 0
+
+
+def test_slot_that_was_begun_anew_meanwhile_is_not_ended_twice(
+    kernel: Programs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another CPU ends a transaction and begins one in its slot while user space takes its key."""
+    ask(kernel)
+    fds = kernel.session.built.map_fds
+    delete = bpf.map_delete
+
+    def deleted_too_late(fd: int, key: bytes) -> bool:
+        answer(kernel)
+        ask(kernel)
+        return delete(fd, key)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(bpf, "map_delete", deleted_too_late)
+        assert kernel.expire() == []
+    assert kernel.record().status == Status.ANSWERED
+    assert list(bpf.map_keys(fds["slot_index"], 24)) == []
+    assert (kernel.expire(), kernel.in_flight()) == ([], 1)
+    assert (kernel.expire(), kernel.in_flight()) == ([], 0)
     assert kernel.session.table.leaked == 1
     kernel.session.table.leaked = 0
 
