@@ -31,7 +31,7 @@ def test_summary_counts_what_there_was() -> None:
     assert summary.text(30_000_000_000, NOTHING, MATCHED).splitlines() == [
         "1,003 transactions in 30.0 s: 1,001 answered, 1 timed out, 1 dropped",
         "rcodes: NOERROR 1,000, NXDOMAIN 1",
-        "latency: p50 5.0 ms, p90 9.0 ms, p99 9.9 ms, max 10.0 ms",
+        "latency of answers: p50 5.0 ms, p90 9.0 ms, p99 9.9 ms, max 10.0 ms",
         "search lists: 1 of 2 lookups wasted 6 queries and 2.0 ms",
     ]
 

@@ -158,13 +158,16 @@ def _slots(text: str) -> int:
 
 def _time(text: str) -> int:
     try:
-        return duration_ns(text)
+        ns = duration_ns(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
+    if ns <= 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no time at all")
+    return ns
 
 
 def _timeout(text: str) -> int:
     ns = _time(text)
-    if not 0 < ns <= _TIMEOUT_MAX_NS:
+    if ns > _TIMEOUT_MAX_NS:
         raise argparse.ArgumentTypeError(f"{text!r} is not a time up to 60s")
     return ns

@@ -118,9 +118,9 @@ def _trace(args: argparse.Namespace) -> int:
         output = make_output(args)
         lookups = None if filters.tear_lookups or args.command == "path" else Lookups()
         trace = Trace(
-            session, identities, keep, lookups, output, args.timeout, args.count, Totals()
+            session, identities, keep, lookups, output, args.timeout, args.count, Totals(), stop
         )
-        trace.run(stop)
+        trace.run()
         output.finish(session, trace.totals)
     finally:
         session.close()

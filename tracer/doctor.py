@@ -51,9 +51,9 @@ def main() -> int:
     for finding in examine():
         able = able and finding.state != "MISSING"
         mark = "ok" if finding.state == "ok" else finding.state
-        lines = [f"{mark:<8}{finding.what:<18}{finding.detail}"]
+        lines = [f"{mark:<8}{finding.what:<19} {finding.detail}"]
         if finding.fix:
-            lines.append(f"{'':<26}fix: {finding.fix}")
+            lines.append(f"{'':<28}fix: {finding.fix}")
         _write(*lines)
     _write("", f"This host {'can be traced.' if able else 'cannot be traced yet: see MISSING.'}")
     return _OK if able else _UNSUPPORTED

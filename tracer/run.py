@@ -14,6 +14,7 @@ import select
 import signal
 import socket
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -23,7 +24,7 @@ from tracer.kernel.symbols import kernel_symbol
 from tracer.record import Counter
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
     from types import FrameType
 
     from tracer.cluster.identities import Identities
@@ -37,6 +38,7 @@ _BUSY_WAIT_S = 0.01
 _BUSY_FILL = 0.1
 _SWEEP_NS = 250_000_000
 _GC_THRESHOLD = 50_000
+_STALLED_S = 2.0  # how long output may take once we are asked to stop
 _LAST_ANSWERS_S = 0.05  # for what was asked just before the end
 
 
@@ -58,21 +60,45 @@ class Totals:
     duration_ns: int = 0
 
 
+class OutputStalledError(Exception):
+    """Whoever reads our output does not, and we are asked to stop."""
+
+
 class Stop:
-    """Becomes true on SIGINT or SIGTERM, or when the time is up; waiting for it is cut short."""
+    """Becomes true on SIGINT, SIGTERM or SIGHUP, or when the time is up; cuts waiting short.
+
+    A signal only asks, so that what is being written is written whole. If nobody reads it
+    (`writing` for longer than a moment after that), OutputStalledError ends it.
+    """
 
     def __init__(self, duration_ns: int | None) -> None:
         self._wakes, self._woken = socket.socketpair()
         self._woken.setblocking(False)
         self._requested = False
+        self._writing = False
         self._duration_ns = duration_ns
         self._end_s: float | None = None
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, self._request)
+        signal.signal(signal.SIGALRM, self._give_up_writing)
         signal.set_wakeup_fd(self._woken.fileno(), warn_on_full_buffer=False)
 
     def _request(self, _number: int, _frame: FrameType | None) -> None:
         self._requested = True
+        signal.setitimer(signal.ITIMER_REAL, _STALLED_S, _STALLED_S)
+
+    def _give_up_writing(self, _number: int, _frame: FrameType | None) -> None:
+        if self._writing:
+            raise OutputStalledError
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Output is written in the block. May raise OutputStalledError once a stop is asked for."""
+        self._writing = True
+        try:
+            yield
+        finally:
+            self._writing = False
 
     def start(self) -> None:
         """The time that is allowed begins now."""
@@ -105,9 +131,11 @@ class Trace:
     timeout_ns: int
     count: int | None
     totals: Totals
+    stop: Stop
 
-    def run(self, stop: Stop) -> None:
-        """Traces until `stop`, then reports what is still waiting."""
+    def run(self) -> None:
+        """Traces until it is time to stop, then reports what is still waiting."""
+        stop = self.stop
         # What is there now stays; short-lived records need no search for cycles.
         gc.freeze()
         gc.set_threshold(_GC_THRESHOLD)
@@ -120,6 +148,8 @@ class Trace:
             now_ns = time.monotonic_ns()
             for batch in self.session.read():
                 self._take(assembler.assemble(batch), resolvers)
+                if stop.now():
+                    break
             if now_ns >= next_sweep_ns:
                 next_sweep_ns = now_ns + _SWEEP_NS
                 expired = self.session.table.expire(now_ns - self.timeout_ns)
@@ -161,12 +191,16 @@ class Trace:
                 self.totals.lookups += len(found)
                 items += found
         if items:
-            self.output.write(items)
+            self._write(items)
 
     def _show(self, found: list[Lookup]) -> None:
         self.totals.lookups += len(found)
         if found:
-            self.output.write(found)
+            self._write(found)
+
+    def _write(self, items: Sequence[Transaction | Lookup]) -> None:
+        with self.stop.writing():
+            self.output.write(items)
 
 
 def losses(session: Session, totals: Totals) -> tuple[dict[str, int], dict[str, int]]:

@@ -204,9 +204,14 @@ class Session:
     def _attach_device(self, device: Device) -> Callable[[], None]:
         key = (device.netns, device.l2_len)
         loaded = self._device_programs.setdefault(key, {})
-        for kind in (HopKind.INGRESS, HopKind.EGRESS):
-            if kind not in loaded:
-                loaded[kind] = programs.load_device_program(self.built, kind, *key)
+
+        def load(kind: HopKind) -> None:
+            loaded[kind] = programs.load_device_program(self.built, kind, *key)
+
+        missing = {HopKind.INGRESS, HopKind.EGRESS} - loaded.keys()
+        if missing:  # the verifier takes its time, so it looks at both at once
+            with ThreadPoolExecutor() as pool:
+                list(pool.map(load, missing))
         return programs.attach_to_device(loaded, device.ifindex)
 
     def _forget_namespace(self, inode: int) -> None:

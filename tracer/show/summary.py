@@ -23,7 +23,7 @@ _STATUSES = {
     "answered": "answered",
     "timeout": "timed out",
     "dropped": "dropped",
-    "refused": "refused",
+    "refused": "refused (ICMP error)",
 }
 # What a counter counts, and what became of them. One that is not here is named as it is.
 _LOSSES = {
@@ -41,7 +41,7 @@ _LOSSES = {
 }
 _UNMATCHED = {
     "responses": ("response", "without a query: it was asked before the start, or never"),
-    "queries": ("query", "still without an answer at the end"),
+    "queries": ("query", "still waiting at the end, and shown as timed out"),
 }
 
 
@@ -95,7 +95,7 @@ class Summary:
         self._statuses[t.status] += 1
         if t.rcode is not None:
             self._rcodes[t.rcode] += 1
-        if t.latency_ns is not None:
+        if t.latency_ns is not None and t.status == "answered":
             self.latencies.add(t.latency_ns)
 
     def add_lookup(self, found: Lookup) -> None:
@@ -121,7 +121,9 @@ class Summary:
             lines.append("rcodes: " + ", ".join(rcodes))
         if self.latencies.count:
             parts = [f"p{p} {duration(self.latencies.percentile(p))}" for p in (50, 90, 99)]
-            lines.append(f"latency: {', '.join(parts)}, max {duration(self.latencies.max_ns)}")
+            lines.append(
+                f"latency of answers: {', '.join(parts)}, max {duration(self.latencies.max_ns)}"
+            )
         if self._wasteful:
             lines.append(
                 f"search lists: {self._wasteful:,} of {_counted(self.lookups, 'lookup')} wasted"
