@@ -146,9 +146,13 @@ ENDS = {
     "a refusal": (
         unanswered("refused", *HOPS[:4]),
         [
-            "no answer: nothing listens at kube-system/coredns-79c6f6447f-6f9xp",
-            "(10.244.0.3:53) (ICMP error)",
+            "no answer: an ICMP error came back: kube-system/coredns-79c6f6447f-6f9xp",
+            "(10.244.0.3:53) is unreachable, or nothing listens there",
         ],
+    ),
+    "a refusal, no hops seen": (
+        unanswered("refused"),
+        ["no answer: an ICMP error came back"],
     ),
     "nothing seen": (unanswered("timeout"), ["no hops were seen", "no answer in time"]),
 }

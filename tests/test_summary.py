@@ -64,7 +64,7 @@ def test_loss_is_said_in_words(loss: tuple[str, int], words: str) -> None:
 def test_unmatched_is_said_in_words() -> None:
     assert Summary().text(0, {}, {"responses": 1, "queries": 2}).splitlines()[1:] == [
         "1 response without a query: it was asked before the start, or never",
-        "2 queries still without an answer at the end",
+        "2 queries still waiting at the end, and shown as timed out",
     ]
 
 

@@ -222,7 +222,7 @@ def _verdict(t: Transaction, hops: tuple[Hop, ...]) -> str:
         return f"no answer: the {last.direction} was dropped {at}{_where(last)}"
     if t.status == "refused":
         to = _backend(t.backend) if t.backend is not None else address(t.server.ip, t.server.port)
-        return f"no answer: nothing listens at {to} (ICMP error)"
+        return f"no answer: an ICMP error came back: {to} is unreachable, or nothing listens there"
     seen = f"last seen after {duration(last.t_ns)}, at {_at(last)}"
     return f"no answer in time: the {last.direction} was {seen}"
 
@@ -230,7 +230,7 @@ def _verdict(t: Transaction, hops: tuple[Hop, ...]) -> str:
 _UNANSWERED = {
     "timeout": "no answer in time",
     "dropped": "no answer: a packet was dropped",
-    "refused": "no answer: nothing listens there (ICMP error)",
+    "refused": "no answer: an ICMP error came back",
 }
 
 
