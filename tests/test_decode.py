@@ -262,6 +262,27 @@ def test_compression_loop_ends() -> None:
     assert decode.answers(message, len(message)) == Answers((), problem)
 
 
+def test_of_very_many_answers_the_first_are_kept() -> None:
+    records = "c00c 0001 0001 0000001e 0000" * 300
+    response = wire("0c28 8180 0001 012c 0000 0000", EXAMPLE, IN_A, records)
+    decoded = decode.answers(response, len(response))
+    assert len(decoded.records) == 256
+    assert decoded.problem == "too much: only 256 of 300 answers"
+
+
+def test_names_that_point_to_a_long_name_do_not_multiply_it() -> None:
+    label = "3f" + "07" * 63  # 252 characters in presentation format
+    name = label * 3 + "3d" + "07" * 61 + "00"
+    for count in (80, 250):  # remembered, and not
+        records = "c00c 0001 0001 0000001e 0004 00000000" * count
+        response = wire(f"0c28 8180 0001 {count:04x} 0000 0000", name, IN_A, records)
+        decoded = decode.answers(response, len(response))
+        assert len(decoded.records) == 64
+        assert decoded.problem == f"too much: only 64 of {count} answers"
+        assert sum(len(r.name) + len(r.data) for r in decoded.records) <= 64 << 10
+    assert not any(key.endswith(response[2:]) for key in decode._answers)
+
+
 def test_memory_is_bounded_however_many_names_are_asked_for() -> None:
     for number in range(decode.QUESTIONS_MAX + 10):
         decode.question(wire(QUERY_HEADER, "04", f"{number:08x}", "00", IN_A))

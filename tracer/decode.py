@@ -30,6 +30,10 @@ HEADER_LEN = 12
 QUESTIONS_MAX = 8192
 ANSWERS_MAX = 1024
 ANSWERS_LEN_MAX = 1232  # of a response that is remembered
+ANSWERS_TEXT_MAX = 8 << 10  # as above
+# Of one response: with names that point to names, 4 KB of a stranger's could be half a megabyte.
+RECORDS_MAX = 256
+TEXT_MAX = 64 << 10
 
 _NAME_WIRE_MAX = 255
 _TTL_MAX = 0x7FFF_FFFF
@@ -64,7 +68,7 @@ class Question(NamedTuple):
 
 
 class Answers(NamedTuple):
-    """The records of the answer section that are whole."""
+    """The records of the answer section that are whole, if not too many or too long."""
 
     records: tuple[Answer, ...]
     problem: str | None = None
@@ -122,6 +126,8 @@ def answers(response: bytes, wire_len: int) -> Answers:
     known = _answers.get(key)
     if known is None:
         known = _read_answers(response, wire_len)
+        if sum(map(_text_len, known.records)) > ANSWERS_TEXT_MAX:
+            return known
         if len(_answers) >= ANSWERS_MAX:
             _answers.clear()
         _answers[key] = known
@@ -182,6 +188,7 @@ def _read_answers(response: bytes, wire_len: int) -> Answers:
     records: list[Answer] = []
     names: dict[int, str] = {}
     problem = None
+    text_left = TEXT_MAX
     at = HEADER_LEN
     try:
         for _ in range(questions):
@@ -189,6 +196,9 @@ def _read_answers(response: bytes, wire_len: int) -> Answers:
             at += 4
         for number in range(1, count + 1):
             record, at, whole = _read_record(response, at, names)
+            text_left -= _text_len(record)
+            if number > RECORDS_MAX or text_left < 0:
+                return Answers(tuple(records), f"too much: only {number - 1} of {count} answers")
             records.append(record)
             if not whole and problem is None:
                 problem = f"answer {number}: malformed {record.type} data"
@@ -198,6 +208,10 @@ def _read_answers(response: bytes, wire_len: int) -> Answers:
         else:
             problem = f"answer {len(records) + 1} of {count}: {_words(error)}"
     return Answers(tuple(records), problem)
+
+
+def _text_len(record: Answer) -> int:
+    return len(record.name) + len(record.data)
 
 
 def _read_record(response: bytes, at: int, names: dict[int, str]) -> tuple[Answer, int, bool]:
