@@ -8,6 +8,7 @@ import socket
 import struct
 import subprocess
 from typing import TYPE_CHECKING
+from unittest import mock
 
 import pytest
 
@@ -60,7 +61,7 @@ def test_attached_and_detached_leaves_no_qdisc(device: int, programs: dict[HopKi
     """The qdisc was made for the filters, so it goes with them."""
     made = clsact.attach(programs, device)
     assert made
-    assert ["dnstrace" in line for line in filters()] == [True, True]
+    assert [f"dnstrace-{os.getpid()}" in line for line in filters()] == [True, True]
     clsact.detach(device, made=made)
     assert "clsact" not in run("tc qdisc show dev a0")
 
@@ -88,15 +89,55 @@ def test_foreign_filter_that_came_later_keeps_the_qdisc(
     assert "u32" in left
 
 
+def attach_as(pid: int, programs: dict[HopKind, int], ifindex: int) -> bool:
+    with mock.patch("os.getpid", return_value=pid):
+        return clsact.attach(programs, ifindex)
+
+
+def detach_as(pid: int, ifindex: int, *, made: bool) -> None:
+    with mock.patch("os.getpid", return_value=pid):
+        clsact.detach(ifindex, made=made)
+
+
 def test_what_a_killed_run_left_is_replaced_and_then_gone(
     device: int, programs: dict[HopKind, int]
 ) -> None:
     """The next start finds filters and qdisc of ours, and its end takes both away."""
+    with subprocess.Popen(["true"]) as killed:
+        killed.wait()
+    attach_as(killed.pid, programs, device)
+    made = clsact.attach(programs, device)
+    assert made
+    assert [f"dnstrace-{os.getpid()}" in line for line in filters()] == [True, True]
+    clsact.detach(device, made=made)
+    assert "clsact" not in run("tc qdisc show dev a0")
+
+
+def test_what_a_run_of_the_same_process_id_left_is_replaced(
+    device: int, programs: dict[HopKind, int]
+) -> None:
+    """As in a container, where the id is the same each time."""
     clsact.attach(programs, device)
     made = clsact.attach(programs, device)
     assert made
     assert len(filters()) == 2
     clsact.detach(device, made=made)
+    assert "clsact" not in run("tc qdisc show dev a0")
+
+
+@pytest.mark.parametrize("first_ends", [True, False])
+def test_two_live_runs_leave_each_others_filters_alone(
+    device: int, programs: dict[HopKind, int], first_ends: bool
+) -> None:
+    """Whichever ends last takes the qdisc away."""
+    first, second = os.getppid(), os.getpid()
+    made = {first: attach_as(first, programs, device)}
+    made[second] = attach_as(second, programs, device)
+    assert len(filters()) == 4
+    early, late = (first, second) if first_ends else (second, first)
+    detach_as(early, device, made=made[early])
+    assert [f"dnstrace-{late}" in line for line in filters()] == [True, True]
+    detach_as(late, device, made=made[late])
     assert "clsact" not in run("tc qdisc show dev a0")
 
 
