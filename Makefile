@@ -5,7 +5,7 @@
 MAKEFLAGS += --no-print-directory
 
 BIN := .venv/bin
-BPF_SOURCES := $(wildcard bpf/*.c bpf/*.h)
+BPF_SOURCES := $(shell find bpf -name '*.[ch]')
 # What begins with a shell's #! line, wherever it is.
 SHELL_SCRIPTS = $(shell find . \( -name .git -o -name .venv -o -name build \) -prune -o -type f \
 	\( -perm -u+x -o -name '*.sh' -o -path './.ci/*' \) \

@@ -21,7 +21,7 @@ def pip(*arguments: str | Path) -> None:
 def names_in_wheel(project: Path) -> set[str]:
     """What a wheel must hold: every module, and what is compiled on the user's machine."""
     modules = {str(path.relative_to(project)) for path in (project / "tracer").rglob("*.py")}
-    bpf = {f"tracer/bpf/{path.name}" for path in (project / "bpf").glob("*.[ch]")}
+    bpf = {f"tracer/{path.relative_to(project)}" for path in (project / "bpf").rglob("*.[ch]")}
     coredns = {
         str(path.relative_to(project))
         for pattern in ("*.go", "go.mod", "go.sum")

@@ -3,7 +3,7 @@
 LLVM takes more memory than all the rest of the tracer, and gives none of it back. So a forked
 child compiles, creates the maps, and hands over the instructions and the maps' descriptors.
 
-BCC wants a kernel source tree for a handful of definitions; it gets a directory with just
+BCC wants a kernel source tree for a handful of definitions; it gets bpf/kernel/, which has just
 these. Everything about the kernel's own structs comes from its BTF (see offsets.py).
 """
 
@@ -17,7 +17,6 @@ import struct
 import tempfile
 from dataclasses import dataclass
 from importlib.resources import files
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tracer.kernel.btf import Btf, BtfError
@@ -57,44 +56,6 @@ MAPS = (
     "scratches",
     "forgetful",
 )
-
-# What BCC and the programs take from the kernel's headers, and nothing else.
-_KCONFIG = """
-#ifndef DNSTRACE_KCONFIG_H
-#define DNSTRACE_KCONFIG_H
-typedef unsigned char __u8; typedef signed char __s8;
-typedef unsigned short __u16; typedef short __s16;
-typedef unsigned int __u32; typedef int __s32;
-typedef unsigned long long __u64; typedef long long __s64;
-typedef __u8 u8; typedef __u16 u16; typedef __u32 u32; typedef __u64 u64;
-typedef __s8 s8; typedef __s16 s16; typedef __s32 s32; typedef __s64 s64;
-typedef __u16 __le16; typedef __u16 __be16; typedef __u32 __le32; typedef __u32 __be32;
-typedef __u64 __le64; typedef __u64 __be64; typedef __u16 __sum16; typedef __u32 __wsum;
-typedef __u64 __attribute__((aligned(8))) __aligned_u64;
-typedef unsigned long size_t; typedef unsigned long uintptr_t; typedef long ssize_t;
-typedef _Bool bool;
-#define true 1
-#define false 0
-#define NULL ((void *)0)
-#define CONFIG_BPF_SYSCALL 1
-#define KERNEL_VERSION(a, b, c) (((a) << 16) + ((b) << 8) + ((c) > 255 ? 255 : (c)))
-#define LINUX_VERSION_CODE {version}
-#define PAGE_SIZE {page_size}
-#ifndef __always_inline
-#define __always_inline inline __attribute__((always_inline))
-#endif
-#endif
-"""
-# Classic BPF opcodes (Documentation/networking/filter.rst), which BCC's own bpf.h builds on.
-_BPF_COMMON = {
-    "CLASS(code)": "((code) & 7)", "LD": 0, "LDX": 1, "ST": 2, "STX": 3, "ALU": 4, "JMP": 5,
-    "RET": 6, "MISC": 7, "SIZE(code)": "((code) & 0x18)", "W": 0, "H": 8, "B": 0x10,
-    "MODE(code)": "((code) & 0xe0)", "IMM": 0, "ABS": 0x20, "IND": 0x40, "MEM": 0x60,
-    "LEN": 0x80, "MSH": 0xA0, "OP(code)": "((code) & 0xf0)", "ADD": 0, "SUB": 0x10,
-    "MUL": 0x20, "DIV": 0x30, "OR": 0x40, "AND": 0x50, "LSH": 0x60, "RSH": 0x70, "NEG": 0x80,
-    "MOD": 0x90, "XOR": 0xA0, "JA": 0, "JEQ": 0x10, "JGT": 0x20, "JGE": 0x30, "JSET": 0x40,
-    "SRC(code)": "((code) & 8)", "K": 0, "X": 8,
-}  # fmt: skip
 
 
 class CompileError(Exception):
@@ -193,11 +154,9 @@ def _compile_in_child(
         os.dup2(complaints.fileno(), 2)
         try:
             btf = Btf.load()
-            with tempfile.TemporaryDirectory(prefix="dnstrace-") as tree:
-                _write_include_tree(Path(tree))
-                os.environ["BCC_KERNEL_SOURCE"] = tree
-                macros = {**kernel_offsets(btf, kprobes=kprobes), **sizes}
-                instructions, fds = _compile(source_text() + more, macros)
+            os.environ["BCC_KERNEL_SOURCE"] = str(files("tracer") / "bpf" / "kernel")
+            macros = {**kernel_offsets(btf, kprobes=kprobes), **sizes, **_kernel_macros()}
+            instructions, fds = _compile(source_text() + more, macros)
             reasons = btf.enumerators("skb_drop_reason").items()
             answer = (instructions, {n: r.removeprefix("SKB_DROP_REASON_") for n, r in reasons})
         except BtfError as error:
@@ -264,22 +223,11 @@ def _receive(channel: socket.socket) -> tuple[bytes, list[int]]:
     return payload, fds
 
 
-def _write_include_tree(tree: Path) -> None:
-    release = [int(re.match(r"\d+", part)[0]) for part in os.uname().release.split(".")[:3]]  # type: ignore[index]
-    version = (release[0] << 16) + (release[1] << 8) + min(release[2], 255)
-    kconfig = _KCONFIG.replace("{version}", str(version))
-    kconfig = kconfig.replace("{page_size}", str(os.sysconf("SC_PAGESIZE")))
-    common = "".join(f"#define BPF_{name} {value}\n" for name, value in _BPF_COMMON.items())
-    texts = {
-        "linux/kconfig.h": kconfig,
-        "linux/bpf_common.h": common,
-        **{
-            f"linux/{name}.h": "#include <linux/kconfig.h>\n"
-            for name in ("version", "log2", "types")
-        },
-        **dict.fromkeys(("uapi/linux/bpf.h", "uapi/linux/if_packet.h", "asm/page.h"), ""),
+def _kernel_macros() -> dict[str, int]:
+    """What a kernel's headers would tell of this machine."""
+    release = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?", os.uname().release)
+    major, minor, patch = (int(part or 0) for part in release.groups()) if release else (0, 0, 0)
+    return {
+        "LINUX_VERSION_CODE": (major << 16) + (minor << 8) + min(patch, 255),
+        "PAGE_SIZE": os.sysconf("SC_PAGESIZE"),
     }
-    for name, text in texts.items():
-        path = tree / "include" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
