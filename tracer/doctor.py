@@ -125,7 +125,9 @@ def _optional() -> Iterator[Finding]:
             "boot a kernel with CONFIG_KPROBE_EVENTS (any stock distribution kernel)",
         )
     root = netns.cgroup2_root()
-    if root:
+    if root and not netns.whole_cgroup2(root):
+        yield Finding("cgroup v2", "note", f"{root}: only the cgroups of this container are traced")
+    elif root:
         yield Finding("cgroup v2", "ok", str(root))
     else:
         yield Finding(

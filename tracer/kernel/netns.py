@@ -79,10 +79,26 @@ def device_count() -> int:
 
 
 def cgroup2_root() -> Path | None:
-    """Where the whole cgroup v2 tree is mounted (/proc/self/mountinfo), or None."""
+    """Where the cgroup v2 tree is mounted (/proc/self/mountinfo), or None.
+
+    In a cgroup namespace, that may be a part of it only: see `whole_cgroup2`.
+    """
+    part = None
     for line in Path("/proc/self/mountinfo").read_text().splitlines():
         left, _, right = line.partition(" - ")
         fields = left.split()
-        if right.startswith("cgroup2 ") and fields[3] == "/":
-            return Path(fields[4].encode().decode("unicode_escape"))
-    return None
+        if right.startswith("cgroup2 "):
+            path = Path(fields[4].encode().decode("unicode_escape"))
+            if whole_cgroup2(path):
+                return path
+            if fields[3] == "/":
+                part = part or path
+    return part
+
+
+def whole_cgroup2(path: Path) -> bool:
+    """Whether a cgroup is the root of all, rather than that of a cgroup namespace."""
+    try:
+        return os.stat(path).st_ino == 1
+    except OSError:
+        return False
