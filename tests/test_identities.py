@@ -18,12 +18,13 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 _NETNS = 4026532246
+_IP = "10.244.1.10"
 
 
 def pod(
     name: str,
     *containers: Container,
-    ip: str = "10.244.1.10",
+    ip: str = _IP,
     netns: int | None = None,
     host_network: bool = False,
 ) -> Pod:
@@ -45,10 +46,25 @@ def test_process_is_its_containers_only_by_cgroup(tmp_path: Path) -> None:
         pod("web-0", Container("app", "", "app"), netns=_NETNS), cgroup_root=tmp_path
     ).client
     nested, sandbox = (os.stat(tmp_path / d).st_ino for d in ("app/nested", "sandbox"))
-    assert name(who(nested, _NETNS, "")) == ("web-0", "app")
-    assert name(who(nested, 1, "")) == ("web-0", "app")
-    assert name(who(sandbox, _NETNS, "")) == ("web-0", None)
-    assert name(who(0, _NETNS, "")) == ("web-0", None)
+    assert name(who(nested, _NETNS, _IP)) == ("web-0", "app")
+    assert name(who(nested, 1, _IP)) == ("web-0", "app")
+    assert name(who(sandbox, _NETNS, _IP)) == ("web-0", None)
+    assert name(who(0, _NETNS, _IP)) == ("web-0", None)
+    assert name(who(0, _NETNS, "127.0.0.1")) == ("web-0", None)
+
+
+def test_namespace_number_that_was_given_to_another_pod_names_nobody() -> None:
+    """The pods are those of a moment ago, and the address contradicts them."""
+    assert name(identities(pod("gone-0", netns=_NETNS)).client(0, _NETNS, "10.244.1.99")) == (
+        None,
+        None,
+    )
+
+
+def test_what_is_learned_replaces_what_was_known() -> None:
+    known = identities(pod("web-0", netns=_NETNS))
+    known.learn(Inventory((pod("web-1", netns=_NETNS),)))
+    assert name(known.client(0, _NETNS, _IP)) == ("web-1", None)
 
 
 def test_cgroup_made_since_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

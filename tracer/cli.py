@@ -59,6 +59,7 @@ def _run(argv: list[str]) -> int:
 
 def _trace(args: argparse.Namespace) -> int:
     from tracer.cluster.identities import Identities
+    from tracer.cluster.model import Inventory
     from tracer.cluster.pods_file import PodsFileError
     from tracer.correlate.lookups import Lookups
     from tracer.filters import Filters
@@ -83,7 +84,8 @@ def _trace(args: argparse.Namespace) -> int:
     )
     try:
         keep = filters.predicate()
-        inventory = _inventory(args)
+        pods = _Pods(args)
+        inventory = pods.changed() or Inventory()
     except (ValueError, PodsFileError) as error:
         say(str(error))
         return USAGE
@@ -102,9 +104,10 @@ def _trace(args: argparse.Namespace) -> int:
         say(wrong)
         return USAGE
     stop = Stop(args.duration)
+    selection = _selection(args, identities)
     try:
         session = Session.open(
-            _selection(args, identities),
+            selection,
             Limits(slots=args.max_in_flight),
             None if args.hooks == "auto" else args.hooks,
         )
@@ -117,9 +120,11 @@ def _trace(args: argparse.Namespace) -> int:
 
         output = make_output(args)
         lookups = None if filters.tear_lookups or args.command == "path" else Lookups()
+        keep_up = _KeepUp(args, pods, identities, session, selection)
         trace = Trace(
-            session, identities, keep, lookups, output, args.timeout, args.count, Totals(), stop
-        )
+            session, identities, keep, lookups, output, args.timeout, args.count, Totals(), stop,
+            keep_up,
+        )  # fmt: skip
         trace.run()
         output.finish(session, trace.totals)
     finally:
@@ -127,19 +132,71 @@ def _trace(args: argparse.Namespace) -> int:
     return OK
 
 
-def _inventory(args: argparse.Namespace) -> Inventory:
-    """What is known of pods. Raises PodsFileError."""
-    from tracer.cluster import pods_file
-    from tracer.cluster.model import Inventory
+class _Pods:
+    """Where pods are known from: a file, read again whenever it changes."""
 
-    if args.no_kubernetes:
-        return Inventory()
-    if args.pods:
-        return pods_file.load(args.pods)
-    if _LAB_PODS.exists():
-        say(f"pods are those of the lab ({_LAB_PODS})")
-        return pods_file.load(_LAB_PODS)
-    return Inventory()
+    def __init__(self, args: argparse.Namespace) -> None:
+        self._path: Path | None = None if args.no_kubernetes else args.pods or _LAB_PODS
+        self._optional = not args.pods
+        self._seen: tuple[int, int] | None = None
+
+    def changed(self) -> Inventory | None:
+        """What is known now, or None if that is what it was. Raises PodsFileError."""
+        from tracer.cluster import pods_file
+        from tracer.cluster.model import Inventory
+
+        if self._path is None:
+            return None
+        try:
+            status = self._path.stat()
+            now = (status.st_mtime_ns, status.st_ino)
+        except OSError:
+            now = None
+        if now == self._seen and (now is not None or self._optional):
+            return None
+        self._seen = now
+        if now is None and self._optional:
+            say(f"pods are no longer known: {self._path} is gone")
+            return Inventory()
+        inventory = pods_file.load(self._path)
+        if self._optional:
+            say(f"pods are those of the lab ({self._path})")
+        return inventory
+
+
+class _KeepUp:
+    """Takes in what has become of pods and containers since the last call."""
+
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        pods: _Pods,
+        identities: Identities,
+        session: Session,
+        selection: Selection,
+    ) -> None:
+        self._args = args
+        self._pods = pods
+        self._identities = identities
+        self._session = session
+        self._selection = selection
+
+    def __call__(self) -> None:
+        from tracer.cluster.pods_file import PodsFileError
+
+        known = None
+        try:
+            known = self._pods.changed()
+        except PodsFileError as error:
+            say(f"{error}; pods are named as before")
+        if known is not None:
+            self._identities.learn(known)
+        elif self._args.namespace or self._args.pod:
+            self._identities.walk_again()
+        selection = _selection(self._args, self._identities)
+        if selection != self._selection:
+            self._session.select(selection)
+            self._selection = selection
 
 
 def _selection(args: argparse.Namespace, identities: Identities) -> Selection:

@@ -37,6 +37,7 @@ _IDLE_WAIT_S = 0.05
 _BUSY_WAIT_S = 0.01
 _BUSY_FILL = 0.1
 _SWEEP_NS = 250_000_000
+_LOOK_NS = 1_000_000_000
 _GC_THRESHOLD = 50_000
 _STALLED_S = 2.0  # how long output may take once we are asked to stop
 _LAST_ANSWERS_S = 0.05  # for what was asked just before the end
@@ -132,6 +133,7 @@ class Trace:
     count: int | None
     totals: Totals
     stop: Stop
+    keep_up: Callable[[], None]  # called now and then, to learn what has become of pods
 
     def run(self) -> None:
         """Traces until it is time to stop, then reports what is still waiting."""
@@ -143,7 +145,7 @@ class Trace:
         started_ns = time.monotonic_ns()
         assembler = Assembler(self.identities, self.session.built.drop_reasons, kernel_symbol)
         resolvers = Resolvers(self.identities.cgroups_of)
-        next_sweep_ns = 0
+        next_sweep_ns = next_look_ns = 0
         while not stop.now() and not self._enough():
             now_ns = time.monotonic_ns()
             for batch in self.session.read():
@@ -156,6 +158,9 @@ class Trace:
                 self._take(assembler.assemble(expired), resolvers)
                 if self.lookups is not None:
                     self._show(self.lookups.expire(time.time_ns()))
+            if now_ns >= next_look_ns:
+                next_look_ns = now_ns + _LOOK_NS
+                self.keep_up()
             busy = self.session.fill() > _BUSY_FILL
             stop.wait(_BUSY_WAIT_S if busy else _IDLE_WAIT_S)
         self.session.pause()

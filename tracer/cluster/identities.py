@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from tracer.transaction import Client
 
 _REWALK_S = 1.0
+_LOCAL = ("127.", "::1", "fe80:")  # addresses that every namespace may have
 _NOBODY = (None, None, None, None)
 K = TypeVar("K")
 
@@ -50,9 +51,13 @@ class Identities:
         cgroup_root: Path | None,
         find_device: Callable[[int, int], Device | None] = lambda _netns, _ifindex: None,
     ) -> None:
-        self.inventory = inventory
         self._root = cgroup_root
         self._find_device = find_device
+        self.learn(inventory)
+
+    def learn(self, inventory: Inventory) -> None:
+        """Forgets all that was known, for what is known now."""
+        self.inventory = inventory
         own = [pod for pod in inventory.pods if not pod.host_network]
         self._pod_of_netns = _unambiguous((pod.netns, pod) for pod in own if pod.netns)
         self._node_of_netns = {node.netns: node.name for node in inventory.nodes if node.netns}
@@ -65,6 +70,10 @@ class Identities:
         }
         self._container_of_cgroup: dict[int, tuple[Pod, str]] = {}
         self._walked_at = -_REWALK_S
+        self._walk(time.monotonic())
+
+    def walk_again(self) -> None:
+        """Looks for cgroups that containers have made since."""
         self._walk(time.monotonic())
 
     def client(
@@ -150,6 +159,8 @@ class Identities:
                 return known
         # Whoever else is in there, as a sandbox or a debugger is, is of the pod but no container.
         pod = self._pod_of_netns.get(netns)
+        if pod and pod.ips and ip not in pod.ips and not ip.startswith(_LOCAL):
+            return None  # the number of a namespace that has gone was given to this one
         if pod is None:
             pod = self._pod_of_ip.get(ip)
             if pod is None or (netns and pod.netns):  # it is in another namespace than this one
