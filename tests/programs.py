@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from tests.packets import ethernet
 from tracer.assemble import ip_text
 from tracer.kernel import bpf, programs
@@ -27,7 +29,6 @@ from tracer.record import LARGE_RECORD, SMALL_RECORD, Counter, HopKind, Status
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    import numpy as np
     from numpy.typing import NDArray
 
 SLOTS = 8  # as many as an eviction looks at, so that it finds the oldest of all
@@ -106,6 +107,11 @@ class Record:
             )
             for flow in self.transaction["flows"][: self["nflows"]]
         ]
+
+    def numbers(self) -> dict[str, int]:
+        """All numbers in the transaction itself."""
+        names = self.transaction.dtype.names or ()
+        return {n: self[n] for n in names if isinstance(self.transaction[n], np.unsignedinteger)}
 
     def __getitem__(self, name: str) -> int:
         """A number in the transaction."""

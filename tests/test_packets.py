@@ -88,7 +88,7 @@ OUTER: dict[str, Callable[[bytes], bytes]] = {
     "VXLAN with a VLAN tag": lambda packet: ethernet(p.vxlan(packet), p.VLAN),
     "Geneve": lambda packet: ethernet(p.geneve(packet)),
     "Geneve with options": lambda packet: ethernet(p.geneve(packet, bytes(8))),
-    "Geneve with 124 bytes of options": lambda packet: ethernet(p.geneve(packet, bytes(124))),
+    "Geneve with 252 bytes of options": lambda packet: ethernet(p.geneve(packet, bytes(252))),
     "IP in IP": lambda packet: ethernet(p.ipip(packet)),
     "IP in IP with a VLAN tag": lambda packet: ethernet(p.ipip(packet), p.VLAN),
 }
@@ -120,6 +120,12 @@ NOT_DNS = {
         FLOW6.server,
         extensions=((44, b"\0\x05\xa8" + bytes(4)),),
     ),
+    "second fragment over IPv6": p.ipv6(
+        p.udp(dns_query(), 50000, 53),
+        FLOW6.client,
+        FLOW6.server,
+        extensions=((44, b"\0\0\x08" + bytes(4)),),
+    ),
     "five extension headers": p.ipv6(
         p.udp(dns_query(), 50000, 53),
         FLOW6.client,
@@ -140,7 +146,9 @@ NOT_DNS = {
     "unreachable TCP": p.unreachable(
         p.ipv4(p.tcp(b"", 50000, 53), FLOW.client, FLOW.server, p.TCP)
     ),
-    "IPv4 header of 16 bytes": b"\x44" + QUERY[1:],
+    # UDP would begin with the destination's address, and that would be port 53.
+    "IPv4 header of 16 bytes": b"\x44"
+    + p.ipv4(struct.pack("!HH", 100, 0) + dns_query(), FLOW.client, "10.0.0.53")[1:],
     "IPv4 header longer than the packet": b"\x4f" + QUERY[1:20] + bytes(20),
     "another version": b"\x50" + QUERY[1:],
     "VXLAN that carries TCP": p.vxlan(
@@ -353,6 +361,16 @@ def test_response_finds_its_query(
     assert bool(record["question_ok"]) == question_ok
 
 
+@pytest.mark.parametrize("size", [1, *range(3, 26)])
+def test_what_comes_after_the_question_does_not_matter(kernel: Programs, size: int) -> None:
+    name = p.name_of(size)
+    query = dns(p.question(name), counts=(0, 0, 1), rest=b"\xff" * 40)
+    response = dns(p.question(name), flags=0x8180, counts=(1, 0, 0), rest=b"\x5a" * 40)
+    kernel.show(SEND, p.query_packet(query))
+    kernel.show(RECEIVE, p.response_packet(response))
+    assert kernel.record().status == Status.ANSWERED
+
+
 STRANGERS = {
     "another id": p.response_packet(dns_response(dns_id=p.DNS_ID + 1)),
     "another name": p.response_packet(dns_response(b"\3www\7example\3org\0")),
@@ -548,6 +566,15 @@ def test_unreachable_port_on_its_way_is_a_hop(kernel: Programs) -> None:
     assert record.hops == [(SEND, 0, 0), (INGRESS, 0, 0), (INGRESS, 1, 0), (EGRESS, 1, 0)]
 
 
+@pytest.mark.parametrize("hook", [SEND, RECEIVE])
+def test_error_at_a_socket_changes_nothing(kernel: Programs, hook: HopKind) -> None:
+    ask(kernel)
+    kernel.show(hook, p.unreachable(QUERY))
+    assert kernel.counted() == {Counter.STARTED: 1}
+    (record,) = kernel.expire()
+    assert record.hops == [(SEND, 0, 0)]
+
+
 @pytest.mark.parametrize(
     "quoted", [QUERY[:20], QUERY[:28], RESPONSE], ids=["no UDP", "no DNS", "a response"]
 )
@@ -616,6 +643,39 @@ def test_hop_that_is_not_a_send_tells_of_no_sender(kernel: Programs) -> None:
         (record,) = kernel.expire()
         assert (record["pid"], record["cgroup_id"], record["netns"]) == (0, 0, 0)
         assert not any(record.transaction["comm"].tobytes())
+
+
+def test_slot_tells_nothing_of_who_had_it_before(kernel: Programs) -> None:
+    for number in range(SLOTS):
+        garbage = b"\xaa" * TRANSACTION.itemsize
+        bpf.map_update(kernel.session.built.map_fds["slots"], struct.pack("=I", number), garbage)
+    kernel.show(INGRESS, QUERY)
+    (record,) = kernel.expire()
+    told = record.numbers()
+    now = {name: told.pop(name) for name in ("start_ns", "question_hash", "generation")}
+    assert time.monotonic_ns() - now["start_ns"] < 1e9
+    assert told == {
+        "end_ns": 0,
+        "cgroup_id": 0,
+        "drop_location": 0,
+        "netns": 0,
+        "pid": 0,
+        "query_len": len(dns_query()),
+        "query_captured": len(dns_query()),
+        "response_len": 0,
+        "response_captured": 0,
+        "dns_id": p.DNS_ID,
+        "response_flags": 0,
+        "status": Status.OPEN,
+        "attempt": 1,
+        "nhops": 1,
+        "nflows": 1,
+        "hops_lost": 0,
+        "variant": 0,
+        "family": 4,
+        "question_ok": 1,
+    }
+    assert (record.flows, record.hops, record.query) == ([FLOW], [(INGRESS, 0, 0)], dns_query())
 
 
 # What is wanted.
