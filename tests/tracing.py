@@ -87,9 +87,10 @@ def tracing(*arguments: str, tmp_path: Path) -> Iterator[Tracer]:
     try:
         yield tracer
     finally:
-        if tracer.process.poll() is None:
-            tracer.process.kill()
-            tracer.process.communicate()
+        tracer.process.kill()
+        tracer.process.wait()
+        assert tracer.process.stderr
+        tracer.process.stderr.close()
 
 
 class Exchange(NamedTuple):
