@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from tracer.cluster.identities import Identities
     from tracer.cluster.model import Inventory
+    from tracer.kernel.compile import Compilation
     from tracer.kernel.session import Selection, Session
 
 OK, FAILED, USAGE, UNSUPPORTED = 0, 1, 2, 3
@@ -58,6 +59,21 @@ def _run(argv: list[str]) -> int:
 
 
 def _trace(args: argparse.Namespace) -> int:
+    """Traces; the compiler, which takes longest, starts before anything else is even imported."""
+    from tracer.kernel import kprobes
+    from tracer.kernel.compile import Compilation
+
+    if os.geteuid() != 0:
+        return _trace_with(args, None)
+    with_kprobes = args.hooks != "tracepoint" and kprobes.available()
+    compilation = Compilation.for_tracing(args.max_in_flight, kprobes=with_kprobes)
+    try:
+        return _trace_with(args, compilation)
+    finally:
+        compilation.abandon()
+
+
+def _trace_with(args: argparse.Namespace, compilation: Compilation | None) -> int:
     from tracer.cluster.identities import Identities
     from tracer.cluster.model import Inventory
     from tracer.cluster.pods_file import PodsFileError
@@ -110,6 +126,7 @@ def _trace(args: argparse.Namespace) -> int:
             selection,
             Limits(slots=args.max_in_flight),
             None if args.hooks == "auto" else args.hooks,
+            compilation,
         )
     except Unsupported as error:
         say(str(error))

@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import pickle
 import re
+import signal
 import socket
 import struct
 import tempfile
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 _BPF_PSEUDO_MAP_FD = 1
 _LD_IMM64 = 0x18
 _INSTRUCTION = struct.Struct("=BBhi")
+SMALL_RING_PAGES = 2048
+LARGE_RING_PAGES = 512
 _MAX_MAPS = 64
 _INCLUDE = re.compile(r'^#include "(\w+\.h)"$', re.MULTILINE)
 
@@ -129,11 +132,26 @@ class Compilation:
             _compile_in_child(theirs, sizes, more, kprobes=kprobes)
         theirs.close()
 
+    @classmethod
+    def for_tracing(cls, slots: int, *, kprobes: bool) -> Compilation:
+        """One with rings as a session wants them, and that many slots."""
+        sizes = {"SLOTS": slots, "SMALL_PAGES": SMALL_RING_PAGES, "LARGE_PAGES": LARGE_RING_PAGES}
+        return cls(sizes, kprobes=kprobes)
+
+    def abandon(self) -> None:
+        """Ends it, unless it has ended already: nobody wants the result."""
+        if self._child:
+            os.kill(self._child, signal.SIGKILL)
+            os.waitpid(self._child, 0)
+            self._child = 0
+            self._channel.close()
+
     def result(self) -> Object:
         """Waits for it. Raises CompileError."""
         with self._channel:
             payload, fds = _receive(self._channel)
         _, status = os.waitpid(self._child, 0)
+        self._child = 0
         if not payload:
             raise CompileError(f"the compiler died (status {status}); is there memory left?")
         answer = pickle.loads(payload)  # noqa: S301 - our own child wrote it

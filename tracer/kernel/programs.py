@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import functools
 import os
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from tracer.kernel import bpf, clsact, kprobes
@@ -93,13 +94,17 @@ def attach_to_cgroup(built: Object, cgroup: Path) -> list[int]:
     """
     directory = os.open(cgroup, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     links: list[int] = []
+
+    def attach(kind: HopKind) -> None:
+        program = load_socket_program(built, kind)
+        try:
+            links.append(bpf.link_create(program, directory, _CGROUP_ATTACH[kind]))
+        finally:
+            os.close(program)
+
     try:
-        for kind, attach in _CGROUP_ATTACH.items():
-            program = load_socket_program(built, kind)
-            try:
-                links.append(bpf.link_create(program, directory, attach))
-            finally:
-                os.close(program)
+        with ThreadPoolExecutor() as pool:  # the verifier can look at both at once
+            list(pool.map(attach, _CGROUP_ATTACH))
     except OSError:
         close_all(links)
         raise

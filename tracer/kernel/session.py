@@ -13,7 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from tracer.kernel import bpf, kprobes, netns, programs
-from tracer.kernel.compile import Compilation, CompileError, Object
+from tracer.kernel.compile import (
+    LARGE_RING_PAGES,
+    SMALL_RING_PAGES,
+    Compilation,
+    CompileError,
+    Object,
+)
 from tracer.kernel.devices import Device, Devices
 from tracer.kernel.ring import Ring
 from tracer.kernel.table import Table
@@ -28,8 +34,6 @@ if TYPE_CHECKING:
 _U32 = struct.Struct("=I")
 _U64 = struct.Struct("=Q")
 _SETTINGS = struct.Struct("=QII")
-_SMALL_RING_PAGES = 2048
-_LARGE_RING_PAGES = 512
 _BATCH = 512
 
 
@@ -81,9 +85,16 @@ class Session:
 
     @classmethod
     def open(
-        cls, selection: Selection, limits: Limits | None = None, hooks: HookSet | None = None
+        cls,
+        selection: Selection,
+        limits: Limits | None = None,
+        hooks: HookSet | None = None,
+        compilation: Compilation | None = None,
     ) -> Session:
-        """Compiles, loads and attaches. Raises Unsupported."""
+        """Compiles, loads and attaches. Raises Unsupported.
+
+        `compilation` is one that was begun earlier, for the same limits and hooks.
+        """
         limits = limits or Limits()
         _raise_limits()
         if hooks is None:
@@ -93,22 +104,16 @@ class Session:
                 "this kernel has no kprobes (CONFIG_KPROBE_EVENTS); "
                 "leave --hooks out, or use --hooks tracepoint"
             )
-        compilation = Compilation(
-            {
-                "SLOTS": limits.slots,
-                "SMALL_PAGES": _SMALL_RING_PAGES,
-                "LARGE_PAGES": _LARGE_RING_PAGES,
-            },
-            kprobes=hooks == "kprobe",
-        )
+        if compilation is None:
+            compilation = Compilation.for_tracing(limits.slots, kprobes=hooks == "kprobe")
         try:
             built = compilation.result()
         except CompileError as error:
             raise Unsupported(str(error)) from error
         page = os.sysconf("SC_PAGESIZE")
         rings = (
-            Ring(built.map_fds["small_ring"], _SMALL_RING_PAGES * page, SMALL_RECORD),
-            Ring(built.map_fds["large_ring"], _LARGE_RING_PAGES * page, LARGE_RECORD),
+            Ring(built.map_fds["small_ring"], SMALL_RING_PAGES * page, SMALL_RECORD),
+            Ring(built.map_fds["large_ring"], LARGE_RING_PAGES * page, LARGE_RECORD),
         )
         session = cls(built, hooks, Table(built.map_fds, limits.slots), rings)
         try:
