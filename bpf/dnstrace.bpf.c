@@ -221,7 +221,7 @@ static __always_inline bool is_last_hop(struct transaction *slot, struct message
 	}
 }
 
-#define DOUBLED_NS 1000000
+#define DOUBLED_NS 1000000 /* a packet that comes again within this was doubled on its way */
 
 /*
  * Whether a query comes by where it was first seen: then it is not the same

@@ -90,7 +90,7 @@ def load_socket_program(built: Object, kind: HopKind) -> int:
 def attach_to_cgroup(built: Object, cgroup: Path) -> list[int]:
     """Watches all sockets of the cgroup and those below. Returns what to close to detach.
 
-    The receive is then when the packet is queued to the socket.
+    The receive is then when the packet reaches the socket, before its buffer is known to have room.
     """
     directory = os.open(cgroup, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     links: list[int] = []
