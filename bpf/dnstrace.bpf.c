@@ -24,6 +24,7 @@
 #define MARK_HOOK 0x646e737472616303ULL /* enum hop_kind */
 #define MARK_SKB_ARGUMENT 0x646e737472616305ULL /* 0 or 1 */
 #define MARK_VERDICT 0x646e737472616304ULL /* whatever lets the packet pass at this hook */
+#define MARK_READ_TASK 0x646e737472616306ULL /* 1: no helper tells of the process here */
 
 static __always_inline u64 patched(u64 mark)
 {
@@ -50,6 +51,27 @@ static __always_inline u32 netns_of_skb_sock(u64 skb)
 
 	READ_FIELD(sk, skb, OFFSET_sk_buff_sk);
 	return sk ? netns_of_sock(sk) : 0;
+}
+
+/*
+ * Which process sends, and its cgroup. Cgroup programs have no helpers for that
+ * on older kernels; there, the task itself is read.
+ */
+static __always_inline void identify(struct sender *sender)
+{
+	u64 at;
+
+	if (!patched(MARK_READ_TASK)) {
+		sender->pid = bpf_get_current_pid_tgid() >> 32;
+		sender->cgroup_id = bpf_get_current_cgroup_id();
+		return;
+	}
+	at = bpf_get_current_task();
+	READ_FIELD(sender->pid, at, OFFSET_task_tgid);
+	READ_FIELD(at, at, OFFSET_task_cgroups);
+	READ_FIELD(at, at, OFFSET_css_set_dfl_cgrp);
+	READ_FIELD(at, at, OFFSET_cgroup_kn);
+	READ_FIELD(sender->cgroup_id, at, OFFSET_kernfs_node_id);
 }
 
 /* The name of the process, not of the thread that happens to send. */
@@ -260,8 +282,7 @@ static __always_inline void seen(struct source *source, u64 skb, struct message 
 	message->found.number = NO_SLOT;
 	if (sent) {
 		sender.netns = place->netns;
-		sender.pid = bpf_get_current_pid_tgid() >> 32;
-		sender.cgroup_id = bpf_get_current_cgroup_id();
+		identify(&sender);
 		if (is_paused())
 			return;
 		if (!is_wanted(&sender)) {

@@ -25,6 +25,11 @@ _NEEDED = {
     "OFFSET_net_inum": ("net", "ns.inum"),
     "OFFSET_task_group_leader": ("task_struct", "group_leader"),
     "OFFSET_task_comm": ("task_struct", "comm"),
+    "OFFSET_task_tgid": ("task_struct", "tgid"),
+    "OFFSET_task_cgroups": ("task_struct", "cgroups"),
+    "OFFSET_css_set_dfl_cgrp": ("css_set", "dfl_cgrp"),
+    "OFFSET_cgroup_kn": ("cgroup", "kn"),
+    "OFFSET_kernfs_node_id": ("kernfs_node", "id"),
 }
 
 

@@ -29,6 +29,7 @@ _MARK_L2_HLEN = 0x646E737472616302
 _MARK_HOOK = 0x646E737472616303
 _MARK_VERDICT = 0x646E737472616304
 _MARK_SKB_ARGUMENT = 0x646E737472616305
+_MARK_READ_TASK = 0x646E737472616306
 
 _CGROUP_ALLOW = 1
 _TC_CONTINUE = 0xFFFFFFFF  # TCX_NEXT, and TC_ACT_UNSPEC for clsact: ask the next program
@@ -75,16 +76,28 @@ _PROBED = (
 
 
 def load_socket_program(built: Object, kind: HopKind) -> int:
-    """A cgroup_skb program for what sockets send (SEND) or are given (RECEIVE)."""
+    """A cgroup_skb program for what sockets send (SEND) or are given (RECEIVE).
+
+    Where the kernel has no helpers that tell such a program of the process, it reads the task.
+    """
     constants = {
         _MARK_HOOK: int(kind),
         _MARK_VERDICT: _CGROUP_ALLOW,
         _MARK_L2_HLEN: 0,
         _MARK_NETNS: 0,
     }
-    code = built.linked("packet", constants)
     name = f"dnstrace_{kind.name.lower()}"
-    return bpf.program_load(ProgramType.CGROUP_SKB, code, name, _CGROUP_ATTACH[kind])
+
+    def load(read_task: int) -> int:
+        code = built.linked("packet", {**constants, _MARK_READ_TASK: read_task})
+        return bpf.program_load(ProgramType.CGROUP_SKB, code, name, _CGROUP_ATTACH[kind])
+
+    try:
+        return load(0)
+    except bpf.BpfError as error:
+        if "unknown func" not in error.log:
+            raise
+    return load(1)
 
 
 def attach_to_cgroup(built: Object, cgroup: Path) -> list[int]:
@@ -121,7 +134,11 @@ def attach_to_functions(built: Object) -> list[int]:
     links: list[int] = []
     try:
         for function, kind, argument in _PROBED:
-            constants = {_MARK_HOOK: int(kind), _MARK_SKB_ARGUMENT: argument}
+            constants = {
+                _MARK_HOOK: int(kind),
+                _MARK_SKB_ARGUMENT: argument,
+                _MARK_READ_TASK: 0,
+            }
             code = built.linked("kprobe_packet", constants)
             name = f"dnstrace_{kind.name.lower()}"
             program = bpf.program_load(ProgramType.KPROBE, code, name)
