@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import re
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import dns.exception
 import dns.message
 import dns.rcode
 import dns.rdatatype
@@ -24,18 +26,18 @@ if TYPE_CHECKING:
 
     from tracer.lab import Lab
 
-ARMED_WITHIN_S = 20.0
+DNSTRACE = [sys.executable, "-m", "tracer"]
 
 
 class Tracer:
     """A running `dnstrace --json`. What it said is there after `stop`."""
 
-    def __init__(self, *arguments: str, output: Path) -> None:
+    def __init__(self, *arguments: str, output: Path, command: list[str] | None = None) -> None:
         self._path = output
         self._errors: list[str] = []
         with output.open("wb") as stdout:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "tracer", "--json", *arguments],
+                [*(command or DNSTRACE), "--json", *arguments],
                 stdout=stdout,
                 stderr=subprocess.PIPE,
                 text=True,
@@ -80,10 +82,12 @@ class Trace:
 
 
 @contextmanager
-def tracing(*arguments: str, tmp_path: Path) -> Iterator[Tracer]:
-    """A tracer that is killed if the block does not stop it."""
+def tracing(
+    *arguments: str, tmp_path: Path, command: list[str] | None = None
+) -> Iterator[Tracer]:
+    """A tracer that is killed if the block does not stop it. `command`: how it is started."""
     output = Path(tempfile.mkstemp(dir=tmp_path, suffix=".jsonl")[1])
-    tracer = Tracer(*arguments, output=output)
+    tracer = Tracer(*arguments, output=output, command=command)
     try:
         yield tracer
     finally:
@@ -125,48 +129,56 @@ def capturing(lab: Lab, pod: str, tmp_path: Path) -> Iterator[Path]:
 
 
 def exchanges(pcap: Path) -> list[Exchange]:
-    """Queries and their answers in a capture of UDP over IPv4 or IPv6 on Ethernet."""
-    queries: dict[tuple[bytes, int, int], tuple[float, dns.message.Message]] = {}
+    """Queries and their answers in a capture of UDP over IPv4 or IPv6 on Ethernet.
+
+    What is no whole DNS message with one question is left out, and later fragments with it.
+    """
+    queries: dict[tuple[bytes, int, int], Exchange] = {}
     done = []
     for time_s, frame in packets(pcap):
-        ethertype = frame[12:14]
-        if ethertype == b"\x08\x00":
-            header = (frame[14] & 15) * 4
-            source, target = frame[26:30], frame[30:34]
-        else:
-            header = 40
-            source, target = frame[22:38], frame[38:54]
-        udp = frame[14 + header :]
-        sport, dport = struct.unpack("!HH", udp[:4])
-        message = dns.message.from_wire(udp[8:], ignore_trailing=True)
+        message = _dns_message(frame)
+        if message is None:
+            continue
+        source, target, sport, dport, dns_message = message
+        question = dns_message.question[0]
         if dport == 53:
-            queries[source, sport, message.id] = (time_s, message)
-        else:
-            sent_s, query = queries.pop((target, dport, message.id))
-            question = query.question[0]
-            done.append(
-                Exchange(
-                    message.id,
-                    question.name.to_text(),
-                    dns.rdatatype.to_text(question.rdtype),
-                    dns.rcode.to_text(message.rcode()),
-                    sent_s,
-                    time_s - sent_s,
-                )
-            )
-    for sent_s, query in queries.values():
-        question = query.question[0]
-        done.append(
-            Exchange(
-                query.id,
+            query = Exchange(
+                dns_message.id,
                 question.name.to_text(),
                 dns.rdatatype.to_text(question.rdtype),
                 None,
-                sent_s,
+                time_s,
                 None,
             )
+            earlier = queries.pop((source, sport, dns_message.id), None)
+            if earlier:
+                done.append(earlier)
+            queries[source, sport, dns_message.id] = query
+        elif asked := queries.pop((target, dport, dns_message.id), None):
+            rcode = dns.rcode.to_text(dns_message.rcode())
+            done.append(asked._replace(rcode=rcode, latency_s=time_s - asked.query_s))
+    return sorted([*done, *queries.values()], key=lambda exchange: exchange.query_s)
+
+
+def _dns_message(frame: bytes) -> tuple[bytes, bytes, int, int, dns.message.Message] | None:
+    """(source, target, source port, target port, message)"""
+    ip = frame[14:]
+    if frame[12:14] == b"\x08\x00":
+        header, protocol, source, target = (ip[0] & 15) * 4, ip[9], ip[12:16], ip[16:20]
+        if struct.unpack("!H", ip[6:8])[0] & 0x1FFF:
+            return None
+    else:
+        header, protocol, source, target = 40, ip[6], ip[8:24], ip[24:40]
+    if protocol != socket.IPPROTO_UDP:
+        return None
+    sport, dport = struct.unpack("!HH", ip[header : header + 4])
+    try:
+        message = dns.message.from_wire(
+            ip[header + 8 :], ignore_trailing=True, question_only=True, continue_on_error=True
         )
-    return sorted(done, key=lambda exchange: exchange.query_s)
+    except dns.exception.DNSException:
+        return None
+    return (source, target, sport, dport, message) if message.question else None
 
 
 def packets(pcap: Path) -> Iterator[tuple[float, bytes]]:

@@ -32,6 +32,8 @@ RESTORE_TOOLS = {
     "nft": ("{}-nft-restore",),
     "legacy": ("{}-legacy-restore",),
 }
+# What --iptables asks of each node; any other answer is for all nodes.
+PER_NODE = {"both": {"node1": "nft", "node2": "legacy"}}
 
 
 def require_tools() -> None:
@@ -122,17 +124,22 @@ def _make_network(options: Options, lock: int) -> None:
 
 
 def _make_services(wanted: str, lock: int) -> None:
-    """Both families on every node, with the first variant of iptables that takes the rules."""
+    for node in topology.NODES:
+        variant = PER_NODE.get(wanted, {}).get(node.name, wanted)
+        _make_services_of(node, RESTORE_TOOLS[variant], lock)
+
+
+def _make_services_of(node: topology.Node, patterns: tuple[str, ...], lock: int) -> None:
+    """Both families, with the first variant of iptables that takes the rules."""
     failure = LabError("no iptables here: apt install iptables", status=3)
-    for pattern in RESTORE_TOOLS[wanted]:
+    for pattern in patterns:
         tools = {4: pattern.format("iptables"), 6: pattern.format("ip6tables")}
         if not all(find(tool) for tool in tools.values()):
             continue
         try:
-            for node in topology.NODES:
-                for family, tool in tools.items():
-                    rules = services.restore_input(topology.SERVICES, family)
-                    run(in_netns(node.netns, [find(tool) or tool]), stdin=rules, keep_fd=lock)
+            for family, tool in tools.items():
+                rules = services.restore_input(topology.SERVICES, family)
+                run(in_netns(node.netns, [find(tool) or tool]), stdin=rules, keep_fd=lock)
             return
         except LabError as error:
             failure = error

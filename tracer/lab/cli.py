@@ -37,7 +37,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the name servers (auto: CoreDNS, or unbound where it cannot be built)",
     )
     up.add_argument("--quiet-servers", action="store_true", help="no query logs (benchmarks)")
-    up.add_argument("--iptables", choices=("auto", "nft", "legacy"), default="auto")
+    up.add_argument(
+        "--iptables",
+        choices=("auto", "nft", "legacy", "both"),
+        default="auto",
+        help="how services are written (both: nft on node1, legacy on node2)",
+    )
     actions.add_parser("down", help="remove all of it")
     actions.add_parser("status", help="what is up")
     run = actions.add_parser("run", help="run a command in a pod")

@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The matrix of one kernel: every case with every set of hooks, over the same traffic.
+
+On a kernel with kprobes both sets trace side by side, and what they say is compared. Run as root;
+`make test-kernels` runs it on stock kernels, `make test` on this machine's own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from tests.kernels import clients, losses, messages, services
+from tests.kernels.world import HOOK_SETS, Case, Check, NotOffered, Seen, World
+from tests.tracing import Trace, capturing, our_links, tracing
+from tracer.kernel import kprobes
+from tracer.lab import Lab, LabError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+pytestmark = pytest.mark.usefixtures("root")
+
+CASES = [*clients.CASES, *services.CASES, *losses.CASES, *messages.CASES]
+WATCHED = ("sre/web-0", "sre/worker-0")
+TIMEOUT_S = 5
+WITH_CLSACT = [sys.executable, "-m", "tests.kernels.with_clsact"]
+
+
+@dataclass
+class Run:
+    """What became of all traffic."""
+
+    world: World
+    checks: dict[str, Check] = field(default_factory=dict)
+    failed: dict[str, Exception] = field(default_factory=dict)
+    seen: dict[str, Seen] = field(default_factory=dict)
+    filters: dict[str, str] = field(default_factory=dict)  # `tc filter show` by hook set
+    links: dict[str, int] = field(default_factory=dict)  # how many BPF links a set added
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
+    """All cases' traffic, made while a tracer per set of hooks watches."""
+    tmp = tmp_path_factory.mktemp("kernels")
+    world = new_world(tmp)
+    done = Run(world)
+    try:
+        with contextlib.ExitStack() as watching:
+            for pod in (*WATCHED, *(pod.full_name for pod in world.lab.dns_pods)):
+                world.pcaps[pod] = watching.enter_context(capturing(world.lab, pod, tmp))
+            trace_traffic(done)
+        yield done
+    finally:
+        world.lab.down()
+
+
+def new_world(tmp: Path) -> World:
+    """The lab, with a variant of iptables per node where the kernel has both."""
+    for variant, used in (("both", {"node1": "nft", "node2": "legacy"}), ("nft", {"node1": "nft"})):
+        lab = Lab(iptables=variant)
+        with contextlib.suppress(LabError):
+            lab.up()
+            return World(lab, tmp, used)
+    raise AssertionError("the lab cannot be brought up: run `dnstrace lab up`")
+
+
+def trace_traffic(done: Run) -> None:
+    sets = [hooks for hooks in HOOK_SETS if hooks != "kprobe" or kprobes.available()]
+    arguments = ["--pods", str(done.world.lab.pods_file), "--namespace", "sre"]
+    arguments += ["--timeout", f"{TIMEOUT_S}s", "--duration", "30m"]
+    with contextlib.ExitStack() as stack:
+        tracers = {}
+        for hooks in sets:
+            before = our_links()
+            # Side by side, one of the two shows the devices' other way.
+            command = WITH_CLSACT if hooks != sets[0] else None
+            tracers[hooks] = stack.enter_context(
+                tracing(*arguments, "--hooks", hooks, tmp_path=done.world.tmp, command=command)
+            )
+            done.links[hooks] = our_links() - before
+            done.filters[hooks] = tc_filters(done.world)
+        for case in CASES:
+            try:
+                done.checks[case.name] = case.traffic(done.world)
+            except Exception as error:  # noqa: BLE001 - told by the test of that case
+                done.failed[case.name] = error
+        time.sleep(TIMEOUT_S + 1.5)
+        for hooks, tracer in tracers.items():
+            done.seen[hooks] = Seen(hooks, tracer.stop(90))
+
+
+def tc_filters(world: World) -> str:
+    veth = world.lab.pod("sre/web-0").veth
+    return "".join(
+        world.node("node1", f"tc filter show dev {veth} {way}") for way in ("ingress", "egress")
+    )
+
+
+@pytest.mark.parametrize("hooks", HOOK_SETS)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.title)
+def test_case(run: Run, hooks: str, case: Case) -> None:
+    """What the tracer says of the case's traffic is what independent witnesses say."""
+    seen = offered(run, hooks)
+    error = run.failed.get(case.name)
+    if isinstance(error, NotOffered):
+        pytest.skip(f"not offered by this kernel: {error}")
+    if error:
+        raise error
+    run.checks[case.name](seen)
+
+
+def offered(run: Run, hooks: str) -> Seen:
+    if hooks not in run.seen:
+        pytest.skip("not offered by this kernel: no kprobes (CONFIG_KPROBE_EVENTS)")
+    return run.seen[hooks]
+
+
+@pytest.mark.parametrize("hooks", HOOK_SETS)
+def test_nothing_lost(run: Run, hooks: str) -> None:
+    """Over all cases, no record, hop or device."""
+    trace = offered(run, hooks).trace
+    lost = {kind: n for kind, n in trace.summary["lost"].items() if n}
+    assert lost.keys() <= {"filtered", "undecodable"}
+    assert trace.summary["transactions"] == len(trace.transactions)
+
+
+def test_both_sets_of_hooks_agree(run: Run, record_property: pytest.RecordProperty) -> None:
+    """The same transactions with the same fates; a receive by kprobe is never the earlier one."""
+    offered(run, "kprobe")
+    kprobe, tracepoint = (by_key(run.seen[hooks].trace) for hooks in HOOK_SETS)
+    assert kprobe.keys() == tracepoint.keys()
+    later_ns = []
+    for key, t in kprobe.items():
+        other = tracepoint[key]
+        assert what_happened(t) == what_happened(other), key
+        if t["latency_ns"] is not None:
+            later_ns.append(t["latency_ns"] - other["latency_ns"])
+    later_ns.sort()
+    # Each set takes the time of a send for itself, a function apart.
+    assert later_ns[len(later_ns) // 2] > 0
+    record_property("transactions", len(kprobe))
+    record_property("receive later by kprobe, median us", later_ns[len(later_ns) // 2] // 1000)
+
+
+Key = tuple[int, str | None, str | None, int, int]
+
+
+def by_key(trace: Trace) -> dict[Key, dict[str, Any]]:
+    keyed = {
+        (t["id"], t["name"], t["type"], t["client"]["port"], t["attempt"]): t
+        for t in trace.transactions
+    }
+    assert len(keyed) == len(trace.transactions)
+    return keyed
+
+
+def what_happened(t: dict[str, Any]) -> dict[str, Any]:
+    """All but times, and hops that a socket hook of one kind does not see."""
+    told = {
+        key: t[key] for key in ("status", "rcode", "server", "backend", "answers", "response_len")
+    }
+    told["client"] = {k: v for k, v in t["client"].items() if k != "comm"}
+    told["devices"] = [
+        (h["kind"], h["direction"], h["ifname"], h["owner"], h["nat"])
+        for h in t["hops"]
+        if h["kind"] in ("ingress", "egress")
+    ]
+    return told
+
+
+def test_devices_by_tcx(run: Run) -> None:
+    """Links on the devices, none of our filters in the qdisc."""
+    hooks = next(iter(run.seen))
+    if "dnstrace-" in run.filters[hooks]:
+        pytest.skip("not offered by this kernel: TCX links (before 6.6)")
+    assert run.links[hooks] > 2 * len(run.world.lab.pods)
+
+
+def test_devices_by_clsact(run: Run) -> None:
+    """A filter of ours each way."""
+    if len(run.seen) == 1 and "dnstrace-" not in run.filters["tracepoint"]:
+        pytest.skip("not offered by this kernel: one tracer only, and that has TCX")
+    names = [line for line in run.filters["tracepoint"].splitlines() if "dnstrace-" in line]
+    assert len(names) >= 2
+
+
+def test_no_filters_left(run: Run) -> None:
+    """After the end, no qdisc, filter or program of ours."""
+    veth = run.world.lab.pod("sre/web-0").veth
+    assert "clsact" not in run.world.node("node1", f"tc qdisc show dev {veth}")
+    assert our_links() == 0
+    listed = subprocess.check_output(["bpftool", "prog", "list"], text=True)
+    assert "dnstrace" not in listed
