@@ -32,9 +32,6 @@ static __always_inline u64 patched(u64 mark)
 	return mark;
 }
 
-#define READ_FIELD(to, base, offset) \
-	bpf_probe_read_kernel(&(to), sizeof(to), (void *)((u64)(base) + (offset)))
-
 static __always_inline u32 netns_of_sock(u64 sk)
 {
 	u64 net = 0;
@@ -451,6 +448,7 @@ static __always_inline bool open_skb(u64 skb, struct source *source)
 	if (source->len > 0xffff || data_len > source->len)
 		return false;
 	source->linear = source->len - data_len;
+	source->packet = skb;
 	return true;
 }
 

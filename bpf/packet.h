@@ -29,6 +29,7 @@
 #define DNS_QR 0x80 /* in the first byte of the flags */
 
 #define MAX_VLAN_TAGS 2
+#define MAX_FRAGMENTS 8
 #define MAX_EXTENSION_HEADERS 4
 #define MAX_LABELS 128 /* 255 bytes of one-byte labels, and the root */
 #define QUESTION_WORDS 33 /* 8 bytes each: the longest name, type and class */
@@ -40,7 +41,11 @@ struct source {
 	u32 offset; /* of the network header from skb's data */
 	u32 len; /* bytes from the network header on */
 	u32 linear; /* of these, readable at address */
+	u64 packet; /* struct sk_buff, where there is an address: what is not linear hangs on it */
 };
+
+#define READ_FIELD(to, base, offset) \
+	bpf_probe_read_kernel(&(to), sizeof(to), (void *)((u64)(base) + (offset)))
 
 /*
  * A number by way of memory, which the verifier does not follow: whatever the
@@ -99,6 +104,52 @@ static __always_inline u32 source_read(struct source *source, u32 offset, void *
 		return 0;
 	}
 	return limit;
+}
+
+/*
+ * Goes on where source_read ended, at *filled bytes: IP fragments hang on the
+ * first one's packet. Copies whole chunks, so there must be room for one more
+ * than size. What lies in pages (of some drivers) cannot be read.
+ */
+static __always_inline void read_fragments(struct source *source, u8 *to, u32 size, u32 *memory,
+					   volatile u32 *filled)
+{
+	u64 packet, head = 0, at = 0, offset;
+	u32 end = 0, data_len, left = 0, i;
+
+	if (!source->address || source->linear == source->len)
+		return;
+	bpf_probe_read_kernel(&head, sizeof(head), (void *)(source->packet + OFFSET_sk_buff_head));
+	bpf_probe_read_kernel(&end, sizeof(end), (void *)(source->packet + OFFSET_sk_buff_end));
+	bpf_probe_read_kernel(&packet, sizeof(packet),
+			      (void *)(head + end + OFFSET_skb_shared_info_frag_list));
+#pragma nounroll
+	for (i = 0; i < RESPONSE_LARGE / FRAGMENT_CHUNK + MAX_FRAGMENTS; i++) {
+		offset = *filled;
+		if (offset >= size)
+			break;
+		if (!left) {
+			if (!packet)
+				break;
+			data_len = 0;
+			READ_FIELD(at, packet, OFFSET_sk_buff_data);
+			READ_FIELD(left, packet, OFFSET_sk_buff_len);
+			READ_FIELD(data_len, packet, OFFSET_sk_buff_data_len);
+			READ_FIELD(packet, packet, OFFSET_sk_buff_next);
+			if (data_len || !left)
+				break;
+		}
+		/* Or clang would see that the mask does nothing, and the verifier would not. */
+		asm volatile("" : "+r"(offset));
+		if (bpf_probe_read_kernel(to + (offset & (size - 1)), FRAGMENT_CHUNK, (void *)at))
+			break;
+		end = left < FRAGMENT_CHUNK ? left : FRAGMENT_CHUNK;
+		*filled += end;
+		at += end;
+		left = forgotten(memory, left - end);
+	}
+	if (*filled > size)
+		*filled = size;
 }
 
 static __always_inline void map_ipv4(__be64 *to, __be32 address)

@@ -16,6 +16,7 @@
 /* Response bytes that a record carries: nearly all answers fit the small one. */
 #define RESPONSE_SMALL 320
 #define RESPONSE_LARGE 4096
+#define FRAGMENT_CHUNK 256 /* fragments are copied that much at a time */
 
 enum hop_kind { HOP_SEND = 1, HOP_INGRESS, HOP_EGRESS, HOP_RECEIVE, HOP_DROP };
 
@@ -82,6 +83,7 @@ struct small_record {
 struct large_record {
 	struct transaction transaction;
 	u8 response[RESPONSE_LARGE];
+	u8 beyond[FRAGMENT_CHUNK]; /* where the last chunk may end */
 };
 
 /* Indexes into the table of counters. Each is a sum over CPUs since the start. */

@@ -248,8 +248,12 @@ static __always_inline void emit(struct transaction *slot, struct source *source
 		if (large) {
 			bpf_probe_read_kernel(&large->transaction, sizeof(*slot), slot);
 			large->transaction.response_len = message->len;
-			large->transaction.response_captured = source_read(
-				source, message->offset, large->response, RESPONSE_LARGE);
+			message->captured = source_read(source, message->offset, large->response,
+							RESPONSE_LARGE);
+			/* The message has been used by now: its numbers are at hand. */
+			read_fragments(source, large->response, RESPONSE_LARGE, &message->offset,
+				       &message->captured);
+			large->transaction.response_captured = message->captured;
 			large_ring.ringbuf_submit(large, NO_WAKEUP);
 			count(COUNT_EMITTED);
 			return;

@@ -82,9 +82,7 @@ class Trace:
 
 
 @contextmanager
-def tracing(
-    *arguments: str, tmp_path: Path, command: list[str] | None = None
-) -> Iterator[Tracer]:
+def tracing(*arguments: str, tmp_path: Path, command: list[str] | None = None) -> Iterator[Tracer]:
     """A tracer that is killed if the block does not stop it. `command`: how it is started."""
     output = Path(tempfile.mkstemp(dir=tmp_path, suffix=".jsonl")[1])
     tracer = Tracer(*arguments, output=output, command=command)

@@ -16,6 +16,7 @@ MAX_FLOWS = 4
 QUERY_BYTES = 272
 RESPONSE_SMALL = 320
 RESPONSE_LARGE = 4096
+FRAGMENT_CHUNK = 256
 
 
 class HopKind(IntEnum):
@@ -117,4 +118,10 @@ TRANSACTION = np.dtype(
 )
 
 SMALL_RECORD = np.dtype([("transaction", TRANSACTION), ("response", f"V{RESPONSE_SMALL}")])
-LARGE_RECORD = np.dtype([("transaction", TRANSACTION), ("response", f"V{RESPONSE_LARGE}")])
+LARGE_RECORD = np.dtype(
+    [
+        ("transaction", TRANSACTION),
+        ("response", f"V{RESPONSE_LARGE}"),
+        ("beyond", f"V{FRAGMENT_CHUNK}"),
+    ]
+)

@@ -24,15 +24,26 @@ NODE_LOCAL = "169.254.20.10"
 # As kube-proxy writes it in nftables mode: a verdict map to services, numgen to endpoints.
 NFTABLES = """\
 table ip dnstrace-services {{
-  chain endpoint-0 {{ meta l4proto udp dnat to {0}:53 }}
-  chain endpoint-1 {{ meta l4proto udp dnat to {1}:53 }}
-  chain service-dns {{ numgen random mod 2 vmap {{ 0 : goto endpoint-0, 1 : goto endpoint-1 }} }}
+  chain endpoint-0 {{
+    meta l4proto udp dnat to {0}:53
+  }}
+  chain endpoint-1 {{
+    meta l4proto udp dnat to {1}:53
+  }}
+  chain service-dns {{
+    numgen random mod 2 vmap {{ 0 : goto endpoint-0, 1 : goto endpoint-1 }}
+  }}
   map service-ips {{
     type ipv4_addr . inet_proto . inet_service : verdict
     elements = {{ {2} . udp . 53 : goto service-dns }}
   }}
-  chain services {{ ip daddr . meta l4proto . th dport vmap @service-ips }}
-  chain nat-prerouting {{ type nat hook prerouting priority dstnat; jump services }}
+  chain services {{
+    ip daddr . meta l4proto . th dport vmap @service-ips
+  }}
+  chain nat-prerouting {{
+    type nat hook prerouting priority dstnat
+    jump services
+  }}
 }}
 """
 COREFILE = """\
@@ -147,9 +158,7 @@ def node_local(world: World) -> Check:
         world.node("node1", "ip link set nodelocaldns up")
         for rule in rules:
             world.node("node1", f"iptables-nft -t raw -A {rule}")
-        server = world.popen_on_node(
-            "node1", [str(coredns_build.binary()), "-conf", str(corefile)]
-        )
+        server = world.popen_on_node("node1", [str(coredns_build.binary()), "-conf", str(corefile)])
         _wait_for(world, f"udp.*{NODE_LOCAL}:53")
         world.dig("sre/web-0", f"@{NODE_LOCAL}", name, name)
         tracked = world.node("node1", f"conntrack -L -p udp --dst {NODE_LOCAL}")

@@ -169,10 +169,12 @@ def what_happened(t: dict[str, Any]) -> dict[str, Any]:
     }
     told["client"] = {k: v for k, v in t["client"].items() if k != "comm"}
     told["devices"] = [
-        (h["kind"], h["direction"], h["ifname"], h["owner"], h["nat"])
+        (h["kind"], h["direction"], h["ifname"], h["owner"])
         for h in t["hops"]
         if h["kind"] in ("ingress", "egress")
     ]
+    # Sends of cgroup programs are behind the node's own NAT, those of kprobes before it.
+    told["nat"] = [h["nat"] for h in t["hops"] if h["nat"]]
     return told
 
 

@@ -69,6 +69,7 @@ class World:
     tmp: Path
     iptables: dict[str, str]  # node name: nft or legacy
     pcaps: dict[str, Path] = field(default_factory=dict)
+    _read: dict[str, list[Exchange]] = field(default_factory=dict)
 
     def dig(self, pod: str, *arguments: str) -> int:
         """Runs one dig over UDP, which may ask several questions; returns its pid."""
@@ -107,7 +108,9 @@ class World:
 
     def witnessed(self, pod: str) -> list[Exchange]:
         """What tcpdump saw at a pod's eth0, once all traffic has passed."""
-        return exchanges(self.pcaps[pod])
+        if pod not in self._read:
+            self._read[pod] = exchanges(self.pcaps[pod])
+        return self._read[pod]
 
     def replica(self, node: str) -> Any:
         """The DNS server's pod on a node."""
