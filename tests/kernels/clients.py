@@ -28,9 +28,11 @@ QUESTIONS = [
 ]  # fmt: skip
 
 
-def epoch_s(time: str) -> float:
-    """Seconds since 1970 of a JSON line's time."""
-    return datetime.fromisoformat(time[:26] + "+00:00").timestamp()
+def epoch_ns(time: str) -> int:
+    """Nanoseconds since 1970 of a JSON line's time."""
+    whole, _, fraction = time.removesuffix("Z").partition(".")
+    seconds = int(datetime.fromisoformat(whole + "+00:00").timestamp())
+    return seconds * 10**9 + int(fraction.ljust(9, "0"))
 
 
 def questions(world: World) -> Check:
@@ -109,7 +111,7 @@ def path(world: World) -> Check:
             assert t["hops"][2]["nat"] == {"dnat": [f"{SERVICE}:53", f"{remote.ipv4}:53"]}
             assert t["hops"][10]["nat"] == {"dnat": [f"{remote.ipv4}:53", f"{SERVICE}:53"]}
             # tcpdump's time is taken between the veth's other end and the server's socket.
-            at = arrivals[t["id"]] - epoch_s(t["time"])
+            at = arrivals[t["id"]] - epoch_ns(t["time"]) / 1e9
             assert t["hops"][4]["t_ns"] / 1e9 - 1e-3 <= at <= t["hops"][5]["t_ns"] / 1e9 + 1e-3
 
     return check

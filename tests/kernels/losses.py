@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -108,10 +109,7 @@ def netem_delay(world: World) -> Check:
     def check(seen: Seen) -> None:
         (t,) = seen.named(name)
         hops = t["hops"]
-        gaps = {
-            (_where(a), _where(b)): b["t_ns"] - a["t_ns"]
-            for a, b in zip(hops, hops[1:], strict=False)
-        }
+        gaps = {(_where(a), _where(b)): b["t_ns"] - a["t_ns"] for a, b in itertools.pairwise(hops)}
         slowest = max(gaps, key=lambda pair: gaps[pair])
         assert slowest == (
             ("egress", "query", "eth0", "node1"), ("ingress", "query", "eth0", "node2"),

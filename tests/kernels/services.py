@@ -163,7 +163,7 @@ def node_local(world: World) -> Check:
         world.dig("sre/web-0", f"@{NODE_LOCAL}", name, name)
         tracked = world.node("node1", f"conntrack -L -p udp --dst {NODE_LOCAL}")
     finally:
-        if server:
+        if server is not None:
             server.terminate()
             server.wait()
         for rule in rules:
