@@ -11,10 +11,10 @@ SHELL_SCRIPTS = $(shell find . \( -name .git -o -name .venv -o -name build \) -p
 	\( -perm -u+x -o -name '*.sh' -o -path './.ci/*' \) \
 	-exec awk 'FNR == 1 && /^\#!.*[\/ ](ba|da)?sh( |$$)/ { print FILENAME } { nextfile }' {} +)
 
-.PHONY: help setup demo test check format bench fuzz install uninstall clean
+.PHONY: help setup demo test test-kernels check format bench fuzz install uninstall clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
 
 setup: ## install what the tool, the lab and the tests need (as root)
 	tools/setup test
@@ -27,6 +27,10 @@ test: ## set up, then run every check and every test (as root)
 	tools/setup test
 	$(MAKE) check
 	$(BIN)/pytest
+
+test-kernels: ## the live tests on stock kernels, in emulated guests (as root, 15 minutes)
+	tools/setup kernels
+	$(BIN)/python -m tests.guests.matrix
 
 check: ## formatting, lint and types
 	tools/setup test
