@@ -73,7 +73,7 @@ def attached() -> Iterator[Devices]:
                     kind: programs.load_device_program(NOTHING, kind, *key)
                     for kind in (HopKind.INGRESS, HopKind.EGRESS)
                 }
-            return programs.attach_to_device(loaded[key], device.ifindex)
+            return programs.attach_to_device(loaded[key], device.ifindex)[0]
 
         stack.callback(unload)
         devices = Devices(attach)

@@ -79,7 +79,7 @@ class Rig(NamedTuple):
             Ring(built.map_fds["large_ring"], 2 * page, LARGE_RECORD),
         )
         programs.fill_free_slots(built, slots)
-        session = Session(built, "tracepoint", Table(built.map_fds, slots), rings)
+        session = Session(built, Table(built.map_fds, slots), rings, "tracepoint")
         session.select(Selection())
         traced = {
             hook: programs.load_device_program(built, hook, NETNS, L2_LEN)

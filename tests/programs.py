@@ -22,7 +22,7 @@ from tracer.assemble import ip_text
 from tracer.kernel import bpf, programs
 from tracer.kernel.compile import Compilation
 from tracer.kernel.ring import Ring
-from tracer.kernel.session import Selection, Session
+from tracer.kernel.session import Selection, Session, raise_limits
 from tracer.kernel.table import Table
 from tracer.record import LARGE_RECORD, SMALL_RECORD, Counter, HopKind, Status
 
@@ -232,6 +232,7 @@ class Programs:
 
 @functools.cache
 def _built() -> Programs:
+    raise_limits()
     sizes = {"SLOTS": SLOTS, "SMALL_PAGES": SMALL_PAGES, "LARGE_PAGES": LARGE_PAGES}
     built = Compilation(sizes, kprobes=False).result()
     rings = (
@@ -239,7 +240,7 @@ def _built() -> Programs:
         Ring(built.map_fds["large_ring"], LARGE_PAGES * PAGE, LARGE_RECORD),
     )
     programs.fill_free_slots(built, SLOTS)
-    return Programs(Session(built, "tracepoint", Table(built.map_fds, SLOTS), rings))
+    return Programs(Session(built, Table(built.map_fds, SLOTS), rings, "tracepoint"))
 
 
 def _unload() -> None:

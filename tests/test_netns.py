@@ -20,7 +20,7 @@ SHOW = """
 from tracer import doctor
 from tracer.kernel import netns
 print(netns.cgroup2_root())
-print(next(f for f in doctor._optional() if f.what == "cgroup v2")[1:3])
+print(doctor._cgroup()[1:3])
 """
 # Enters the cgroup, then hides the node's mounts behind those that a container has.
 IN_A_CONTAINER = """
@@ -66,5 +66,5 @@ def test_root_of_a_container_is_found_and_noted(
         SHOW,
     ]
     shown = subprocess.check_output(command, cwd=project, text=True).splitlines()
-    note = f"{tmp_path}: only the cgroups of this container are traced"
+    note = f"{tmp_path}: only the cgroups of this container are known"
     assert shown == [str(tmp_path), str(("note", note))]

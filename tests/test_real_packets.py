@@ -117,7 +117,8 @@ def exchange(*setup: str, family: int = socket.AF_INET, at_sockets: bool = False
             stack.callback(os.close, directory)
         else:
             loaded = {hook: kernel.program(hook) for hook in DEVICE_HOOKS}
-            stack.callback(programs.attach_to_device(loaded, LOOPBACK))
+            detach, _ = programs.attach_to_device(loaded, LOOPBACK)
+            stack.callback(detach)
         yield Ends(kernel, client, servers)
 
 

@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.kernels.test_degrade import NO_CGROUP2, hidden
 from tests.tracing import (
+    DNSTRACE,
     capturing,
     conntrack_backends,
     exchanges,
@@ -571,3 +573,21 @@ def test_process_outside_of_any_pod_is_named_by_process_only(tmp_path: Path, lab
     assert t["client"]["pid"] == os.getpid()
     assert (t["rcode"], t["status"]) == ("NXDOMAIN", "answered")
     assert t["backend"]["ip"] == "127.0.0.1"
+
+
+def test_devices_alone_are_traced_where_sockets_cannot_be_watched(
+    lab: Lab, sre: list[str], tmp_path: Path
+) -> None:
+    """Neither kprobes nor cgroup v2: pods are told by their veths, processes not at all."""
+    command = hidden(NO_CGROUP2, *DNSTRACE)
+    with tracing(*sre, tmp_path=tmp_path, command=command) as tracer:
+        dig(lab, "sre/web-0", "web.bench.example.com")
+        dig(lab, "default/shop-0", "shop.bench.example.com")
+        time.sleep(0.3)
+        trace = tracer.stop()
+    (t,) = trace.transactions
+    assert t["name"] == "web.bench.example.com."
+    assert (t["client"]["pod"], t["client"]["pid"]) == ("web-0", None)
+    assert t["status"] == "answered"
+    assert {hop["kind"] for hop in t["hops"]} == {"ingress", "egress"}
+    assert "sockets are not watched" in trace.stderr

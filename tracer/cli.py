@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import difflib
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -60,11 +59,11 @@ def _run(argv: list[str]) -> int:
 
 def _trace(args: argparse.Namespace) -> int:
     """Traces; the compiler, which takes longest, starts before anything else is even imported."""
-    from tracer.kernel import kprobes
+    from tracer.kernel import host, kprobes
     from tracer.kernel.compile import Compilation
 
-    if os.geteuid() != 0:
-        return _trace_with(args, None)
+    if not host.may_trace():
+        return _trace_with(args, None)  # which says what is wrong with the rest, then with this
     with_kprobes = args.hooks != "tracepoint" and kprobes.available()
     compilation = Compilation.for_tracing(args.max_in_flight, kprobes=with_kprobes)
     try:
@@ -79,7 +78,7 @@ def _trace_with(args: argparse.Namespace, compilation: Compilation | None) -> in
     from tracer.cluster.pods_file import PodsFileError
     from tracer.correlate.lookups import Lookups
     from tracer.filters import Filters
-    from tracer.kernel import netns
+    from tracer.kernel import host, netns
     from tracer.kernel.session import Limits, Session, Unsupported
     from tracer.run import Stop, Totals, Trace
 
@@ -105,10 +104,6 @@ def _trace_with(args: argparse.Namespace, compilation: Compilation | None) -> in
     except (ValueError, PodsFileError) as error:
         say(str(error))
         return USAGE
-    if os.geteuid() != 0:
-        say("tracing needs root: run 'sudo dnstrace', or see 'dnstrace doctor'")
-        return UNSUPPORTED
-
     session: Session | None = None
     identities = Identities(
         inventory,
@@ -132,6 +127,8 @@ def _trace_with(args: argparse.Namespace, compilation: Compilation | None) -> in
         say(str(error))
         return UNSUPPORTED
     try:
+        for note in (*host.confinement(), *session.notes):
+            say(note)
         say(_armed(session, args))
         from tracer.output import make_output
 
@@ -276,8 +273,10 @@ def _near(name: str, known: list[str]) -> str:
 def _armed(session: Session, args: argparse.Namespace) -> str:
     devices, namespaces = session.devices.count(), len(session.devices.namespaces())
     ports = ", ".join(map(str, args.port or (53,)))
+    sockets = f"at sockets ({session.hooks} hooks) and" if session.hooks else "at"
+    by = f" ({session.attached_by})" if session.attached_by else ""
     until = "" if args.duration else "; Ctrl-C ends"
     return (
-        f"tracing UDP port {ports} at sockets ({session.hooks} hooks) and {devices} devices "
+        f"tracing UDP port {ports} {sockets} {devices} devices{by} "
         f"in {namespaces} network namespace{'s' if namespaces != 1 else ''}{until}"
     )

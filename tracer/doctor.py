@@ -6,38 +6,34 @@ Every answer comes from trying the thing itself, not from a version.
 
 from __future__ import annotations
 
-import os
+import importlib.metadata
 import platform
+import shutil
 import sys
+import textwrap
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from tracer import streams
-from tracer.kernel import kprobes, netns
+from tracer.kernel import host, kprobes, netns
 from tracer.kernel.btf import VMLINUX, Btf, BtfError
 from tracer.kernel.compile import Compilation, CompileError
 from tracer.kernel.offsets import kernel_offsets
 from tracer.kernel.session import Limits, Selection, Session, Unsupported
-from tracer.show.cells import printable
+from tracer.selftest import ask_ourselves
+from tracer.show.cells import duration, printable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 _OK, _UNSUPPORTED = 0, 3
 State = Literal["ok", "note", "MISSING"]
-# include/uapi/linux/capability.h
-_CAPABILITIES = {
-    "CAP_NET_ADMIN": 12,
-    "CAP_SYS_PTRACE": 19,
-    "CAP_SYS_ADMIN": 21,
-    "CAP_PERFMON": 38,
-    "CAP_BPF": 39,
-}
+_STATE_WIDTH, _WHAT_WIDTH = 9, 20
+_WIDTH_MIN, _WIDTH_MAX = 60, 120
 
 
 class Finding(NamedTuple):
-    """One line of the report. `fix` is what to do, where something is missing."""
+    """One row of the table. `fix` is what to do, where something is missing."""
 
     what: str
     state: State
@@ -46,23 +42,42 @@ class Finding(NamedTuple):
 
 
 def main() -> int:
-    """Prints the report. 0: this host can be traced; 3: it cannot."""
+    """Prints the table. 0: this host can be traced; 3: it cannot."""
     able = True
+    width = min(max(shutil.get_terminal_size().columns, _WIDTH_MIN), _WIDTH_MAX)
+    _write(f"{'STATE':<{_STATE_WIDTH}}{'WHAT':<{_WHAT_WIDTH}}FOUND")
     for finding in examine():
         able = able and finding.state != "MISSING"
-        mark = "ok" if finding.state == "ok" else finding.state
-        lines = [f"{mark:<8}{finding.what:<19} {finding.detail}"]
-        if finding.fix:
-            lines.append(f"{'':<28}fix: {finding.fix}")
-        _write(*lines)
+        _write(*_rows(finding, width))
     _write("", f"This host {'can be traced.' if able else 'cannot be traced yet: see MISSING.'}")
     return _OK if able else _UNSUPPORTED
 
 
+def _rows(finding: Finding, width: int) -> list[str]:
+    """Printable, and not wider than `width`, unless a word is."""
+    indent = " " * (_STATE_WIDTH + _WHAT_WIDTH)
+    begin = f"{finding.state:<{_STATE_WIDTH}}{finding.what:<{_WHAT_WIDTH}}"
+    rows = _wrapped(finding.detail, width, begin, indent)
+    if finding.fix:
+        rows += _wrapped(finding.fix, width, f"{indent}fix: ", f"{indent}     ")
+    return rows
+
+
+def _wrapped(text: str, width: int, first: str, others: str) -> list[str]:
+    lines = [printable(line) for line in text.splitlines()]
+    return textwrap.wrap(
+        "\n".join(lines),
+        width,
+        initial_indent=first,
+        subsequent_indent=others,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+
+
 def _write(*lines: str) -> None:
     with streams.writing():
-        # Devices, for one, are called what whoever made them likes.
-        sys.stdout.writelines(f"{printable(line)}\n" for line in lines)
+        sys.stdout.writelines(f"{line}\n" for line in lines)
         sys.stdout.flush()
 
 
@@ -71,32 +86,44 @@ def examine() -> Iterator[Finding]:
     yield Finding("kernel", "ok", f"{platform.release()} on {platform.machine()}")
     privileges = _privileges()
     yield privileges
+    yield from _confinement()
+    lockdown = _lockdown()
+    yield lockdown
     types = _kernel_types()
     yield types
-    yield from _optional()
-    if types.state == "MISSING":
+    yield _kprobes()
+    yield _cgroup()
+    if "MISSING" in (types.state, privileges.state, lockdown.state):
         return
     compiled = _compiler()
     yield compiled
-    if compiled.state == "MISSING" or privileges.state == "MISSING":
-        return
-    yield _attaching()
+    if compiled.state != "MISSING":
+        yield from _tracing()
 
 
 def _privileges() -> Finding:
-    held = _effective_capabilities()
-    missing = [name for name, bit in _CAPABILITIES.items() if not held >> bit & 1]
-    if os.geteuid() == 0 and not {"CAP_NET_ADMIN", "CAP_SYS_ADMIN"} & set(missing):
-        detail = "root" + (f", without {', '.join(missing)}" if missing else "")
-        return Finding("privileges", "note" if missing else "ok", detail)
-    return Finding("privileges", "MISSING", f"without {', '.join(missing)}", "sudo dnstrace doctor")
+    missing = host.missing_capabilities()
+    without = f"without {', '.join(missing)}" if missing else "all that is needed"
+    if not host.may_trace():
+        return Finding("privileges", "MISSING", without, "sudo dnstrace doctor")
+    return Finding("privileges", "note" if missing else "ok", without)
 
 
-def _effective_capabilities() -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("CapEff:"):
-            return int(line.split()[1], 16)
-    return 0
+def _confinement() -> Iterator[Finding]:
+    for found in host.confinement():
+        what, _, fix = found.rpartition(" (")
+        yield Finding("container", "note", what, fix.removesuffix(")"))
+
+
+def _lockdown() -> Finding:
+    if host.locked_down():
+        return Finding(
+            "lockdown",
+            "MISSING",
+            "confidentiality: programs may not read kernel memory",
+            "boot with lockdown=integrity, or without",
+        )
+    return Finding("lockdown", "ok", "programs may read kernel memory")
 
 
 def _kernel_types() -> Finding:
@@ -114,36 +141,35 @@ def _kernel_types() -> Finding:
     return Finding("kernel types (BTF)", "ok", f"{VMLINUX}, no kernel headers needed{conntrack}")
 
 
-def _optional() -> Iterator[Finding]:
-    if kprobes.available():
-        yield Finding("kprobes", "ok", "a receive is when the process takes the answer")
-    else:
-        yield Finding(
-            "kprobes",
-            "note",
-            "none: sockets are watched by cgroup programs; a receive is when the answer is queued",
-            "boot a kernel with CONFIG_KPROBE_EVENTS (any stock distribution kernel)",
-        )
+def _kprobes() -> Finding:
+    obstacle = kprobes.obstacle()
+    if obstacle is None:
+        return Finding("kprobes", "ok", "a receive is when the process takes the answer")
+    fix = "echo 1 > /sys/kernel/debug/kprobes/enabled"
+    if "disarmed" not in obstacle:
+        fix = "boot a kernel with CONFIG_KPROBE_EVENTS (any stock distribution kernel)"
+    return Finding(
+        "kprobes",
+        "note",
+        f"{obstacle}: sockets are watched by cgroup programs; a receive is when a packet reaches "
+        "the socket",
+        fix,
+    )
+
+
+def _cgroup() -> Finding:
     root = netns.cgroup2_root()
     if root and not netns.whole_cgroup2(root):
-        yield Finding("cgroup v2", "note", f"{root}: only the cgroups of this container are traced")
-    elif root:
-        yield Finding("cgroup v2", "ok", str(root))
-    else:
-        yield Finding(
-            "cgroup v2",
-            "note" if kprobes.available() else "MISSING",
-            "not mounted: containers are told by network namespace only",
-            "mkdir -p /sys/fs/cgroup/unified && mount -t cgroup2 none /sys/fs/cgroup/unified",
-        )
-    lockdown = Path("/sys/kernel/security/lockdown")
-    if lockdown.exists() and "[confidentiality]" in lockdown.read_text():
-        yield Finding(
-            "lockdown",
-            "MISSING",
-            "confidentiality: programs may not read kernel memory",
-            "boot with lockdown=integrity, or without",
-        )
+        return Finding("cgroup v2", "note", f"{root}: only the cgroups of this container are known")
+    if root:
+        return Finding("cgroup v2", "ok", str(root))
+    instead = "" if kprobes.available() else ", and sockets are not watched"
+    return Finding(
+        "cgroup v2",
+        "note",
+        f"not mounted: containers are told by network namespace only{instead}",
+        "mkdir -p /sys/fs/cgroup/unified && mount -t cgroup2 none /sys/fs/cgroup/unified",
+    )
 
 
 def _compiler() -> Finding:
@@ -154,30 +180,58 @@ def _compiler() -> Finding:
     except CompileError as error:
         fix = "apt-get install python3-bpfcc" if "import bcc" in str(error) else None
         return Finding("compiler (BCC)", "MISSING", str(error), fix)
-    return Finding(
-        "compiler (BCC)", "ok", f"programs compile in {time.monotonic() - started:.1f} s"
-    )
+    try:
+        version = f"{importlib.metadata.version('bcc')}: "
+    except importlib.metadata.PackageNotFoundError:
+        version = ""
+    seconds = time.monotonic() - started
+    return Finding("compiler (BCC)", "ok", f"{version}programs compile in {seconds:.1f} s")
 
 
-def _attaching() -> Finding:
+def _tracing() -> Iterator[Finding]:
+    """Attaches everything for a moment, and traces a query of its own."""
     started = time.monotonic()
     try:
         session = Session.open(Selection(only_selected=True))
     except Unsupported as error:
-        return Finding("attaching", "MISSING", str(error))
+        yield Finding("attaching", "MISSING", str(error))
+        return
     try:
-        detail = (
-            f"{session.hooks} hooks, {session.devices.count()} devices in "
-            f"{len(session.devices.namespaces())} network namespaces, armed in "
-            f"{time.monotonic() - started:.1f} s"
-        )
-        if session.devices.failures:
-            return Finding(
-                "attaching",
-                "note",
-                f"{detail}; {session.devices.failures} devices failed "
-                f"({session.devices.last_failure})",
-            )
-        return Finding("attaching", "ok", detail)
+        yield _attached(session, time.monotonic() - started)
+        for note in session.notes:
+            yield Finding("attaching", "note", note)
+        yield _self_test(session)
     finally:
         session.close()
+
+
+def _attached(session: Session, seconds: float) -> Finding:
+    devices = session.devices
+    by = f" ({session.attached_by})" if session.attached_by else ""
+    detail = (
+        f"sockets by {session.hooks or 'no'} hooks; devices{by}: {devices.count()}, network "
+        f"namespaces: {len(devices.namespaces())}; armed in {seconds:.1f} s"
+    )
+    if devices.failures:
+        failed = f"; {devices.failures} devices failed ({devices.last_failure})"
+        return Finding("attaching", "note", detail + failed)
+    return Finding("attaching", "ok", detail)
+
+
+def _self_test(session: Session) -> Finding:
+    what = "a query of its own"
+    if session.hooks is None:
+        return Finding(what, "note", "not tried: it would pass no device, and no socket is watched")
+    try:
+        seen = ask_ourselves(session)
+    except OSError as error:
+        return Finding(what, "note", f"could not be asked: {error}", "ip link set lo up")
+    if seen is None:
+        return Finding(
+            what,
+            "MISSING",
+            f"was not seen, though {session.hooks} hooks are attached",
+            f"use --hooks {'tracepoint' if session.hooks == 'kprobe' else 'kprobe'}",
+        )
+    hops = ", ".join(hop.name.lower() for hop in seen.hops)
+    return Finding(what, "ok", f"seen at {hops}; answered in {duration(seen.latency_ns)}")

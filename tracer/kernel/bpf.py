@@ -40,6 +40,7 @@ class Command(IntEnum):
 class ProgramType(IntEnum):
     """enum bpf_prog_type."""
 
+    SOCKET_FILTER = 1
     KPROBE = 2
     SCHED_CLS = 3
     CGROUP_SKB = 8

@@ -18,6 +18,7 @@ from tracer.kernel import bpf
 from tracer.kernel.bpf import AttachType
 
 _PMU_TYPE = Path("/sys/bus/event_source/devices/kprobe/type")
+_ARMED = Path("/sys/kernel/debug/kprobes/enabled")
 _SYSCALL_NUMBERS = {"x86_64": 298, "aarch64": 241, "riscv64": 241, "ppc64le": 319, "s390x": 331}
 _ATTR_SIZE = 112
 _FD_CLOEXEC = 8
@@ -25,9 +26,20 @@ _IOC_ENABLE, _IOC_SET_BPF = 0x2400, 0x40042408
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
+def obstacle() -> str | None:
+    """Why kprobes cannot be used here, or None."""
+    if not _PMU_TYPE.exists():
+        return "this kernel has no kprobes (CONFIG_KPROBE_EVENTS)"
+    try:
+        disarmed = _ARMED.read_text().strip() == "0"
+    except OSError:  # debugfs is not mounted
+        return None
+    return f"kprobes are disarmed ({_ARMED} is 0)" if disarmed else None
+
+
 def available() -> bool:
-    """Whether this kernel has kprobes (CONFIG_KPROBE_EVENTS)."""
-    return _PMU_TYPE.exists()
+    """Whether kprobes can be used here."""
+    return obstacle() is None
 
 
 def attach(program_fd: int, function: str) -> list[int]:

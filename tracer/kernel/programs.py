@@ -11,7 +11,7 @@ import errno
 import functools
 import os
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from tracer.kernel import bpf, clsact, kprobes
 from tracer.kernel.bpf import AttachType, ProgramType
@@ -56,7 +56,8 @@ _DEVICE_ATTACH = {
 def fill_free_slots(built: Object, slots: int) -> None:
     """Makes all slots free: by a program, since as many system calls would take a while."""
     code = built.linked("free_one_slot")
-    program = bpf.program_load(ProgramType.SCHED_CLS, code, "dnstrace_free")
+    # A type that can be run on a packet, and asks for no right to network devices.
+    program = bpf.program_load(ProgramType.SOCKET_FILTER, code, "dnstrace_free")
     try:
         bpf.test_run(program, bytes(64), slots)
     finally:
@@ -168,10 +169,15 @@ def close_all(descriptors: Iterable[int]) -> None:
         os.close(descriptor)
 
 
-def attach_to_device(programs: Mapping[HopKind, int], ifindex: int) -> Callable[[], None]:
+DeviceHooks = Literal["TCX links", "clsact filters"]
+
+
+def attach_to_device(
+    programs: Mapping[HopKind, int], ifindex: int
+) -> tuple[Callable[[], None], DeviceHooks]:
     """Watches a device of this thread's network namespace: by TCX links, else by filters.
 
-    Returns what detaches it again, to be called in that namespace. Raises OSError.
+    Returns what detaches it again, to be called in that namespace, and which it was. Raises OSError.
     """
     try:
         links = _attach_links(programs, ifindex)
@@ -179,8 +185,8 @@ def attach_to_device(programs: Mapping[HopKind, int], ifindex: int) -> Callable[
         if error.errno != errno.EINVAL:
             raise
         made = clsact.attach(programs, ifindex)  # TCX came with 6.6 (e420bed02507)
-        return functools.partial(clsact.detach, ifindex, made=made)
-    return functools.partial(close_all, links)
+        return functools.partial(clsact.detach, ifindex, made=made), "clsact filters"
+    return functools.partial(close_all, links), "TCX links"
 
 
 def _attach_links(programs: Mapping[HopKind, int], ifindex: int) -> list[int]:

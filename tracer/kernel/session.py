@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from tracer.kernel import bpf, kprobes, netns, programs
+from tracer.kernel import bpf, host, kprobes, netns, programs
 from tracer.kernel.compile import (
     LARGE_RING_PAGES,
     SMALL_RING_PAGES,
@@ -38,6 +38,7 @@ _BATCH = 512
 
 
 HookSet = Literal["kprobe", "tracepoint"]
+_HOOK_SETS: tuple[HookSet, ...] = ("kprobe", "tracepoint")
 
 
 class Unsupported(Exception):
@@ -65,13 +66,17 @@ class Selection:
 
 @dataclass(slots=True)
 class Session:
-    """Attached programs and their tables. `close` (or the process's end) takes all away."""
+    """Attached programs and their tables. `close` (or the process's end) takes all away.
+
+    `notes`: what this host does not offer, and what is done without it, a line each.
+    """
 
     built: Object
-    hooks: HookSet
     table: Table
     rings: tuple[Ring, Ring]
-    page_size: int = field(default_factory=lambda: os.sysconf("SC_PAGESIZE"))
+    hooks: HookSet | None = None  # None: sockets are not watched
+    attached_by: programs.DeviceHooks | None = None  # None: no device yet
+    notes: list[str] = field(default_factory=list)
     _links: list[int] = field(default_factory=list)
     # While only some hooks are in place, a query could begin that would never be seen to end.
     _paused: bool = True
@@ -96,16 +101,22 @@ class Session:
         `compilation` is one that was begun earlier, for the same limits and hooks.
         """
         limits = limits or Limits()
-        _raise_limits()
-        if hooks is None:
-            hooks = "kprobe" if kprobes.available() else "tracepoint"
-        elif hooks == "kprobe" and not kprobes.available():
+        if not host.may_trace():
             raise Unsupported(
-                "this kernel has no kprobes (CONFIG_KPROBE_EVENTS); "
-                "leave --hooks out, or use --hooks tracepoint"
+                "tracing needs root (or CAP_BPF, CAP_PERFMON and CAP_NET_ADMIN): run 'sudo dnstrace'"
             )
+        if host.locked_down():
+            raise Unsupported(
+                "kernel lockdown is 'confidentiality', so programs may not read kernel memory: "
+                "boot with lockdown=integrity, or without"
+            )
+        raise_limits()
+        obstacle = kprobes.obstacle()
+        if hooks == "kprobe" and obstacle:
+            raise Unsupported(f"{obstacle}; leave --hooks out, or use --hooks tracepoint")
         if compilation is None:
-            compilation = Compilation.for_tracing(limits.slots, kprobes=hooks == "kprobe")
+            with_kprobes = hooks != "tracepoint" and not obstacle
+            compilation = Compilation.for_tracing(limits.slots, kprobes=with_kprobes)
         try:
             built = compilation.result()
         except CompileError as error:
@@ -115,10 +126,12 @@ class Session:
             Ring(built.map_fds["small_ring"], SMALL_RING_PAGES * page, SMALL_RECORD),
             Ring(built.map_fds["large_ring"], LARGE_RING_PAGES * page, LARGE_RECORD),
         )
-        session = cls(built, hooks, Table(built.map_fds, limits.slots), rings)
+        session = cls(built, Table(built.map_fds, limits.slots), rings)
+        if obstacle and hooks is None:
+            session.notes.append(f"{obstacle}: a receive is when a packet reaches the socket")
         try:
+            session._attach(limits, hooks)
             session.select(selection)
-            session._attach(limits)
             session._set(paused=False)
         except BaseException:
             session.close()
@@ -126,7 +139,12 @@ class Session:
         return session
 
     def select(self, selection: Selection) -> None:
-        """Changes what is traced, while tracing."""
+        """Changes what is traced, while tracing.
+
+        Without socket hooks nobody is known when a query begins, so only ports count.
+        """
+        if self.hooks is None:
+            selection = Selection(selection.ports)
         fds = self.built.map_fds
         words = dict.fromkeys(self._port_words, 0)
         for port in selection.ports:
@@ -192,19 +210,53 @@ class Session:
         self.detach()
         self.built.close()
 
-    def _attach(self, limits: Limits) -> None:
+    def _attach(self, limits: Limits, wanted: HookSet | None) -> None:
+        """Attaches all that this host offers. Raises Unsupported if that is not enough."""
         try:
             programs.fill_free_slots(self.built, limits.slots)
-            if self.hooks == "kprobe":
-                self._links += programs.attach_to_functions(self.built)
-            else:
-                self._links += programs.attach_to_cgroup(self.built, _cgroup_root())
+        except OSError as error:
+            raise Unsupported(f"{error.strerror}; run 'dnstrace doctor'") from error
+        self._attach_to_sockets(wanted)
+        try:
             self._links += programs.attach_to_drops(self.built)
+            if not self.built.drop_reasons:
+                self.notes.append(
+                    "drops come without a reason: this kernel tells none (before 5.17)"
+                )
+        except OSError as error:
+            self.notes.append(f"drops are not seen: {error.strerror}")
+        try:
             self.devices.start()
         except OSError as error:
-            raise Unsupported(
-                f"{error.strerror}; run 'dnstrace doctor' for what is missing"
-            ) from error
+            self.notes.append(
+                f"no device is watched, so nothing is seen between sockets: {error.strerror}"
+            )
+        if self.devices.count() == 0 and self.hooks is None:
+            raise Unsupported(f"nothing can be watched here: {'; '.join(self.notes)}")
+
+    def _attach_to_sockets(self, wanted: HookSet | None) -> None:
+        """By the first set of hooks that can be attached, unless one is `wanted`."""
+        for hooks in _HOOK_SETS if wanted is None else (wanted,):
+            if hooks == "kprobe" and "kprobe_packet" not in self.built.instructions:
+                continue
+            try:
+                if hooks == "kprobe":
+                    self._links += programs.attach_to_functions(self.built)
+                else:
+                    self._links += programs.attach_to_cgroup(self.built, _cgroup_root())
+            except OSError as error:
+                why = error.strerror
+            except _NoCgroup as error:
+                why = str(error)
+            else:
+                self.hooks = hooks
+                return
+            if wanted:
+                raise Unsupported(f"--hooks {wanted}: {why}; leave --hooks out")
+            self.notes.append(f"no {hooks} hooks: {why}")
+        self.notes.append(
+            "sockets are not watched: no process, and no pod of the node's own network"
+        )
 
     def _attach_device(self, device: Device) -> Callable[[], None]:
         key = (device.netns, device.l2_len)
@@ -217,14 +269,15 @@ class Session:
         if missing:  # the verifier takes its time, so it looks at both at once
             with ThreadPoolExecutor() as pool:
                 list(pool.map(load, missing))
-        return programs.attach_to_device(loaded, device.ifindex)
+        detach, self.attached_by = programs.attach_to_device(loaded, device.ifindex)
+        return detach
 
     def _forget_namespace(self, inode: int) -> None:
         for key in [key for key in self._device_programs if key[0] == inode]:
             programs.close_all(self._device_programs.pop(key).values())
 
 
-def _raise_limits() -> None:
+def raise_limits() -> None:
     """Room for a descriptor per link, and before 5.11 (d5299b67dd59) for locked memory."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     unlimited = resource.RLIM_INFINITY
@@ -235,10 +288,14 @@ def _raise_limits() -> None:
         resource.setrlimit(resource.RLIMIT_MEMLOCK, (unlimited, unlimited))
 
 
+class _NoCgroup(Exception):
+    """There is no cgroup v2 tree to attach to."""
+
+
 def _cgroup_root() -> Path:
     root = netns.cgroup2_root()
     if root is None:
-        raise Unsupported(
+        raise _NoCgroup(
             "no cgroup v2 tree is mounted; mount one: "
             "mkdir -p /sys/fs/cgroup/unified && mount -t cgroup2 none /sys/fs/cgroup/unified"
         )

@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What this host lets a tracer do: privileges, lockdown, and the namespaces it runs in."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from tracer.kernel import netns
+
+# include/uapi/linux/capability.h
+CAPABILITIES = {
+    "CAP_NET_ADMIN": 12,
+    "CAP_SYS_PTRACE": 19,
+    "CAP_SYS_ADMIN": 21,
+    "CAP_PERFMON": 38,
+    "CAP_BPF": 39,
+}
+# The first namespaces of the system have fixed inode numbers (include/uapi/linux/nsfs.h).
+_FIRST_CGROUP, _FIRST_PID = 0xEFFFFFFB, 0xEFFFFFFC
+_KTHREADD = 2  # in the first pid namespace, and the first network namespace
+_LOCKDOWN = Path("/sys/kernel/security/lockdown")
+
+
+def missing_capabilities() -> list[str]:
+    """Names of those in CAPABILITIES that this process lacks (/proc/self/status)."""
+    held = 0
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("CapEff:"):
+            held = int(line.split()[1], 16)
+    return [name for name, bit in CAPABILITIES.items() if not held >> bit & 1]
+
+
+def may_trace() -> bool:
+    """Whether this process may load the programs: as root, or with the two capabilities for it."""
+    missing = missing_capabilities()
+    return "CAP_SYS_ADMIN" not in missing or not {"CAP_BPF", "CAP_PERFMON"} & set(missing)
+
+
+def locked_down() -> bool:
+    """Whether programs may not read kernel memory (kernel_lockdown(7), confidentiality)."""
+    try:
+        return "[confidentiality]" in _LOCKDOWN.read_text()
+    except OSError:  # no lockdown here, or securityfs is not mounted
+        return False
+
+
+def confinement() -> list[str]:
+    """What cannot be seen from inside the container that this process is in, and the remedy."""
+    found = []
+    if _namespace("pid") != _FIRST_PID:
+        found.append(
+            "in a container with a pid namespace of its own: the nodes' network namespaces and "
+            "the pods' resolv.conf are not found (give the pod hostPID: true)"
+        )
+    elif _namespace("net") != (_namespace("net", _KTHREADD) or _namespace("net")):
+        found.append(
+            "in a network namespace of its own: the node's devices are found only if it looks "
+            "like a node (give the pod hostNetwork: true)"
+        )
+    root = netns.cgroup2_root()
+    if _namespace("cgroup") != _FIRST_CGROUP and root and not netns.whole_cgroup2(root):
+        found.append(
+            f"in a cgroup namespace of its own: {root} shows this container's cgroups only "
+            "(mount the host's /sys/fs/cgroup)"
+        )
+    return found
+
+
+def _namespace(kind: str, pid: int | None = None) -> int | None:
+    """The inode number of a process's namespace, this one's by default; None if it is hidden."""
+    try:
+        return os.stat(f"/proc/{pid or 'self'}/ns/{kind}").st_ino
+    except OSError:
+        return None
