@@ -399,7 +399,7 @@ int packet(struct __sk_buff *skb)
 		return patched(MARK_VERDICT);
 	message = &scratch->message;
 	parsed = parse(&source, scratch, message, device);
-	if (parsed == IS_DNS) {
+	if (parsed == IS_DNS && (device || !message->unreachable)) {
 		place.t_ns = bpf_ktime_get_ns();
 		if (device) {
 			place.ifindex = skb->ifindex;
@@ -475,7 +475,7 @@ int kprobe_packet(void *ctx)
 	if (!scratch)
 		return 0;
 	parsed = parse(&source, scratch, &scratch->message, false);
-	if (parsed == IS_DNS) {
+	if (parsed == IS_DNS && !scratch->message.unreachable) {
 		place.t_ns = bpf_ktime_get_ns();
 		if (hook == HOP_RECEIVE)
 			place.netns = netns_of_sock(argument_0);
