@@ -31,6 +31,7 @@ from tests.programs import (
     compiled_programs,
     loaded_programs,
 )
+from tracer.assemble import comm_text
 from tracer.kernel import bpf
 from tracer.kernel.session import Selection
 from tracer.record import (
@@ -629,7 +630,7 @@ def test_second_response_to_one_query_fits_no_query(kernel: Programs) -> None:
 def test_sender_is_the_process_that_sends(kernel: Programs) -> None:
     ask(kernel)
     (record,) = kernel.expire()
-    comm = record.transaction["comm"].tobytes().rstrip(b"\0").decode()
+    comm = comm_text(record.transaction["comm"].tobytes())
     assert (record["pid"], comm) == (os.getpid(), Path("/proc/self/comm").read_text().strip())
     assert record["netns"] == os.stat("/proc/self/ns/net").st_ino
     assert record["cgroup_id"] != 0

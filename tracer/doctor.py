@@ -95,10 +95,11 @@ def examine() -> Iterator[Finding]:
     yield _cgroup()
     if "MISSING" in (types.state, privileges.state, lockdown.state):
         return
-    compiled = _compiler()
+    compilation = Compilation.for_tracing(Limits().slots, kprobes=kprobes.available())
+    compiled = _compiler(compilation)
     yield compiled
     if compiled.state != "MISSING":
-        yield from _tracing()
+        yield from _tracing(compilation)
 
 
 def _privileges() -> Finding:
@@ -172,11 +173,10 @@ def _cgroup() -> Finding:
     )
 
 
-def _compiler() -> Finding:
+def _compiler(compilation: Compilation) -> Finding:
     started = time.monotonic()
-    sizes = {"SLOTS": Limits().slots, "SMALL_PAGES": 1, "LARGE_PAGES": 1}
     try:
-        Compilation(sizes, kprobes=kprobes.available()).result().close()
+        compilation.result()
     except CompileError as error:
         fix = "apt-get install python3-bpfcc" if "import bcc" in str(error) else None
         return Finding("compiler (BCC)", "MISSING", str(error), fix)
@@ -188,11 +188,11 @@ def _compiler() -> Finding:
     return Finding("compiler (BCC)", "ok", f"{version}programs compile in {seconds:.1f} s")
 
 
-def _tracing() -> Iterator[Finding]:
+def _tracing(compilation: Compilation) -> Iterator[Finding]:
     """Attaches everything for a moment, and traces a query of its own."""
     started = time.monotonic()
     try:
-        session = Session.open(Selection(only_selected=True))
+        session = Session.open(Selection(only_selected=True), compilation=compilation)
     except Unsupported as error:
         yield Finding("attaching", "MISSING", str(error))
         return

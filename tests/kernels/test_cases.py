@@ -19,8 +19,9 @@ import pytest
 
 from tests.kernels import clients, losses, messages, services
 from tests.kernels.clients import epoch_ns
+from tests.kernels.test_degrade import NO_CGROUP2, doctor, hidden
 from tests.kernels.world import HOOK_SETS, Case, Check, NotOffered, Seen, World
-from tests.tracing import Trace, capturing, our_links, tracing
+from tests.tracing import DNSTRACE, Trace, capturing, our_links, tracing
 from tracer.kernel import kprobes
 from tracer.lab import Lab, LabError
 
@@ -217,3 +218,49 @@ def test_no_filters_left(run: Run) -> None:
     assert our_links() == 0
     listed = subprocess.check_output(["bpftool", "prog", "list"], text=True)
     assert "dnstrace" not in listed
+
+
+def test_cgroup_v1_alone(run: Run, tmp_path: Path) -> None:
+    """Pods are told by their network namespaces, containers not at all."""
+    if "kprobe" not in run.seen:
+        pytest.skip("not offered by this kernel: no kprobes (CONFIG_KPROBE_EVENTS)")
+    world = run.world
+    mounts = f"{NO_CGROUP2}; mount -t cgroup -o none,name=dnstrace none /sys/fs/cgroup"
+    arguments = ["--pods", str(world.lab.pods_file), "--namespace", "sre"]
+    command = hidden(mounts, *DNSTRACE)
+    with tracing(*arguments, tmp_path=tmp_path, command=command) as tracer:
+        world.dig("sre/web-0", "v1.bench.example.com.")
+        world.dig("default/shop-0", "v1.bench.example.com.")
+        world.dig("sre/host-agent", f"@{clients.SERVICE}", "v1.bench.example.com.")
+        time.sleep(0.5)
+        trace = tracer.stop(90)
+    (t,) = trace.transactions
+    assert (t["client"]["pod"], t["client"]["container"]) == ("web-0", None)
+    # What cannot be told from its node is not traced, and that is said.
+    assert "sre/host-agent: not traced" in trace.stderr
+
+
+def test_killed_tracer_is_cleaned_up_after(run: Run, tmp_path: Path) -> None:
+    """kill -9: links are gone at once, filters at the next start; a filter of others stays."""
+    world = run.world
+    veth = world.lab.pod("sre/web-0").veth
+    world.node("node1", f"tc qdisc add dev {veth} clsact")
+    world.node(
+        "node1",
+        f"tc filter add dev {veth} ingress protocol ip prio 7 u32 match u32 0 0 flowid 1:1",
+    )
+    with tracing("--no-kubernetes", tmp_path=tmp_path, command=WITH_CLSACT) as tracer:
+        tracer.process.kill()
+        tracer.process.wait()
+    deadline = time.monotonic() + 10
+    while our_links() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert our_links() == 0
+    assert tc_filters(world).count("dnstrace-") == 2
+    status, said = doctor([])
+    assert status == 0
+    assert "seen at send, receive, send, receive; answered in" in said
+    left = tc_filters(world)
+    assert "dnstrace-" not in left
+    assert "pref 7 u32" in left
+    world.node("node1", f"tc qdisc del dev {veth} clsact")

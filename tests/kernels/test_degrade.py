@@ -107,14 +107,6 @@ def traced(command: list[str], tmp_path: Path, *arguments: str) -> tuple[dict[st
     return t, trace
 
 
-def test_doctor_traces_a_query_of_its_own() -> None:
-    """All that is attached also sees."""
-    status, said = doctor([])
-    assert status == 0
-    assert f"sockets by {HOOKS} hooks" in said
-    assert "seen at send, receive, send, receive; answered in" in said
-
-
 def test_unprivileged() -> None:
     """Both say what is needed."""
     nobody = ["setpriv", "--reuid=65534", "--clear-groups"]
@@ -133,17 +125,16 @@ def test_no_kernel_types() -> None:
     assert "CONFIG_DEBUG_INFO_BTF" in refusal(hidden(NO_BTF))
 
 
-def test_no_cgroup_v2(tmp_path: Path) -> None:
+def test_no_cgroup_v2() -> None:
     """Kprobes do without; otherwise no socket is watched, and devices alone are traced."""
     status, said = doctor(hidden(NO_CGROUP2))
     assert status == 0
     assert "note cgroup v2 not mounted: containers are told by network namespace only" in said
-    if HAVE_KPROBES:
-        t, _ = traced(hidden(NO_CGROUP2, *DNSTRACE), tmp_path)
-        assert t["client"]["pid"] == os.getpid()
-        return
-    assert "sockets by no hooks" in said
-    assert "no cgroup v2 tree is mounted" in refusal(hidden(NO_CGROUP2), "--hooks", "tracepoint")
+    assert f"sockets by {'kprobe' if HAVE_KPROBES else 'no'} hooks" in said
+    if not HAVE_KPROBES:
+        assert "no cgroup v2 tree is mounted" in refusal(
+            hidden(NO_CGROUP2), "--hooks", "tracepoint"
+        )
 
 
 def test_no_right_to_devices(tmp_path: Path) -> None:

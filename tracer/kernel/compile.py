@@ -131,6 +131,7 @@ class Compilation:
             self._channel.close()
             _compile_in_child(theirs, sizes, more, kprobes=kprobes)
         theirs.close()
+        self._result: Object | None = None
 
     @classmethod
     def for_tracing(cls, slots: int, *, kprobes: bool) -> Compilation:
@@ -147,7 +148,9 @@ class Compilation:
             self._channel.close()
 
     def result(self) -> Object:
-        """Waits for it. Raises CompileError."""
+        """Waits for it; always the same. Raises CompileError."""
+        if self._result:
+            return self._result
         with self._channel:
             payload, fds = _receive(self._channel)
         _, status = os.waitpid(self._child, 0)
@@ -158,7 +161,8 @@ class Compilation:
         if isinstance(answer, str):
             raise CompileError(answer)
         instructions, drop_reasons = answer
-        return Object(instructions, dict(zip(MAPS, fds, strict=True)), drop_reasons)
+        self._result = Object(instructions, dict(zip(MAPS, fds, strict=True)), drop_reasons)
+        return self._result
 
 
 def _compile_in_child(
