@@ -257,7 +257,7 @@ def test_killed_tracer_is_cleaned_up_after(run: Run, tmp_path: Path) -> None:
         time.sleep(0.1)
     assert our_links() == 0
     assert tc_filters(world).count("dnstrace-") == 2
-    status, said = doctor([])
+    status, said = doctor([], WITH_CLSACT)
     assert status == 0
     assert "seen at send, receive, send, receive; answered in" in said
     left = tc_filters(world)

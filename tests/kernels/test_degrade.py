@@ -50,10 +50,10 @@ NO_CGROUP2 = "for at in $(findmnt -rno TARGET -t cgroup2); do umount -l $at || e
 NO_BTF = "mount -t tmpfs none /sys/kernel/btf"
 
 
-def doctor(prefix: Sequence[str]) -> tuple[int, str]:
+def doctor(prefix: Sequence[str], command: Sequence[str] = DNSTRACE) -> tuple[int, str]:
     """Exit status and what it said, rows unwrapped."""
     done = subprocess.run(
-        [*prefix, *DNSTRACE, "doctor"],
+        [*prefix, *command, "doctor"],
         stdout=subprocess.PIPE,
         text=True,
         check=False,
