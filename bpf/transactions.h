@@ -145,6 +145,8 @@ static __always_inline u32 flow_number(struct transaction *slot, struct flow *fl
 		lose_hop(slot);
 		return MAX_FLOWS - 1;
 	}
+	/* Clang knows by now that n is below, and would leave out what tells the verifier. */
+	asm volatile("" : "+r"(n));
 	slot->flows[n & (MAX_FLOWS - 1)] = *flow;
 	slot->nflows = n + 1;
 	return n;

@@ -3,13 +3,21 @@
 
 import os
 import signal
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
 
 import pytest
 
-from tracer.kernel.compile import Compilation, CompileError
+from tracer.kernel.compile import (
+    LARGE_RING_PAGES,
+    SMALL_RING_PAGES,
+    Compilation,
+    CompileError,
+    Target,
+)
 
 SIZES = {"SLOTS": 8, "SMALL_PAGES": 1, "LARGE_PAGES": 1}
 MACHINE = f"""
@@ -23,6 +31,23 @@ def test_macros_are_those_of_this_machine() -> None:
     Compilation(SIZES, kprobes=False, more=MACHINE).result().close()
 
 
+@pytest.mark.usefixtures("root")
+@pytest.mark.parametrize("other", ["arm64", "x86", "s390", "no such thing"])
+def test_environment_of_who_builds_kernels_changes_nothing(
+    other: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def compiled() -> dict[str, bytes]:
+        built = Compilation(SIZES, kprobes=True, more=MACHINE).result()
+        built.close()
+        return dict(built.instructions)
+
+    expected = compiled()
+    monkeypatch.setenv("ARCH", other)
+    monkeypatch.setenv("BCC_LINUX_VERSION_CODE", "12345")
+    monkeypatch.setenv("BCC_KERNEL_SOURCE", "/nowhere")
+    assert compiled() == expected
+
+
 def test_killed_compiler_is_an_error_and_leaves_no_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -33,3 +58,32 @@ def test_killed_compiler_is_an_error_and_leaves_no_files(
     with pytest.raises(CompileError, match="the compiler died"):
         compilation.result()
     assert list(tmp_path.iterdir()) == []
+
+
+def ring_sizes_with_pages_of(size: int) -> list[str]:
+    """What is compiled on a machine whose pages have that size."""
+    code = f"""
+import os
+os.sysconf = lambda name: {{"SC_PAGESIZE": {size}}}[name]
+from tracer.kernel import compile
+print(compile.SMALL_RING_PAGES * {size}, compile.LARGE_RING_PAGES * {size})
+"""
+    return subprocess.check_output([sys.executable, "-c", code], text=True).split()
+
+
+def test_rings_are_as_large_whatever_the_size_of_pages() -> None:
+    here = os.sysconf("SC_PAGESIZE")
+    sizes = [str(SMALL_RING_PAGES * here), str(LARGE_RING_PAGES * here)]
+    for size in (4096, 16384, 65536):
+        assert ring_sizes_with_pages_of(size) == sizes
+
+
+def test_unknown_machine_is_an_error_that_names_it() -> None:
+    armv8l = Target(machine="armv8l")  # what `setarch linux32` makes of arm64
+    with pytest.raises(CompileError, match=r"^the system calls of armv8l are not known"):
+        Compilation(SIZES, kprobes=False, target=armv8l).result()
+    riscv = Target(machine="riscv64")
+    with pytest.raises(
+        CompileError, match=r"riscv64 get their arguments is not known; use --hooks"
+    ):
+        Compilation(SIZES, kprobes=True, target=riscv).result()

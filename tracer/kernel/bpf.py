@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-_SYSCALL_NUMBERS = {"x86_64": 321, "aarch64": 280, "riscv64": 280, "ppc64le": 361, "s390x": 351}
+SYSCALL_NUMBERS = {"x86_64": 321, "aarch64": 280, "riscv64": 280, "ppc64le": 361, "s390x": 351}
 _NAME_LEN = 16
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -66,7 +66,7 @@ class BpfError(OSError):
 
 
 def _bpf(command: Command, attr: bytes | bytearray, what: str) -> tuple[int, bytes]:
-    number = _SYSCALL_NUMBERS[platform.machine()]
+    number = SYSCALL_NUMBERS[platform.machine()]
     buffer = ctypes.create_string_buffer(bytes(attr), len(attr))
     result = _libc.syscall(number, int(command), buffer, len(attr))
     if result < 0:

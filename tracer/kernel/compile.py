@@ -11,27 +11,33 @@ from __future__ import annotations
 
 import os
 import pickle
+import platform
 import re
 import signal
 import socket
 import struct
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.resources import files
 from typing import TYPE_CHECKING
 
-from tracer.kernel.btf import Btf, BtfError
-from tracer.kernel.offsets import kernel_offsets
+from tracer.kernel.bpf import SYSCALL_NUMBERS
+from tracer.kernel.btf import VMLINUX, Btf, BtfError
+from tracer.kernel.offsets import UnknownMachine, kernel_offsets
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
+    from pathlib import Path
 
 _BPF_PSEUDO_MAP_FD = 1
 _LD_IMM64 = 0x18
 _INSTRUCTION = struct.Struct("=BBhi")
-SMALL_RING_PAGES = 2048
-LARGE_RING_PAGES = 512
+_PAGE = os.sysconf("SC_PAGESIZE")
+# The rings are 8 and 2 MiB, however large this machine's pages are.
+SMALL_RING_PAGES = (8 << 20) // _PAGE
+LARGE_RING_PAGES = (2 << 20) // _PAGE
 _MAX_MAPS = 64
+_BCC_ARCH = {"x86_64": "x86", "aarch64": "arm64"}  # what BCC calls machines other than its own
 _INCLUDE = re.compile(r'^#include "(\w+\.h)"$', re.MULTILINE)
 
 # Programs, and the macro without which each is left out.
@@ -63,6 +69,14 @@ MAPS = (
 
 class CompileError(Exception):
     """The programs could not be compiled. The message says why and what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """The kernel that programs are compiled for; the one that runs, unless it is said."""
+
+    types: Path = VMLINUX
+    machine: str = field(default_factory=platform.machine)
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,12 +138,19 @@ class Compilation:
     imported or any thread runs: the child is a fork.
     """
 
-    def __init__(self, sizes: Mapping[str, int], *, kprobes: bool, more: str = "") -> None:
+    def __init__(
+        self,
+        sizes: Mapping[str, int],
+        *,
+        kprobes: bool,
+        more: str = "",
+        target: Target | None = None,
+    ) -> None:
         self._channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         self._child = os.fork()
         if self._child == 0:
             self._channel.close()
-            _compile_in_child(theirs, sizes, more, kprobes=kprobes)
+            _compile_in_child(theirs, sizes, more, target or Target(), kprobes=kprobes)
         theirs.close()
         self._result: Object | None = None
 
@@ -166,7 +187,12 @@ class Compilation:
 
 
 def _compile_in_child(
-    channel: socket.socket, sizes: Mapping[str, int], more: str, *, kprobes: bool
+    channel: socket.socket,
+    sizes: Mapping[str, int],
+    more: str,
+    target: Target,
+    *,
+    kprobes: bool,
 ) -> None:
     """Never returns. LLVM writes its complaints to stderr, which are sent along."""
     answer: str | tuple[dict[str, bytes], dict[int, str]]
@@ -175,12 +201,16 @@ def _compile_in_child(
         os.dup2(complaints.fileno(), 1)
         os.dup2(complaints.fileno(), 2)
         try:
-            btf = Btf.load()
-            os.environ["BCC_KERNEL_SOURCE"] = str(files("tracer") / "bpf" / "kernel")
-            macros = {**kernel_offsets(btf, kprobes=kprobes), **sizes, **_kernel_macros()}
-            instructions, fds = _compile(source_text() + more, macros)
+            _require_known(target.machine)
+            btf = Btf.load(target.types)
+            flags = _prepare_environment(target.machine)
+            offsets = kernel_offsets(btf, kprobes=kprobes, machine=target.machine)
+            macros = {**offsets, **sizes, **_kernel_macros()}
+            instructions, fds = _compile(source_text() + more, macros, flags)
             reasons = btf.enumerators("skb_drop_reason").items()
             answer = (instructions, {n: r.removeprefix("SKB_DROP_REASON_") for n, r in reasons})
+        except UnknownMachine as error:
+            answer = str(error)
         except BtfError as error:
             answer = (
                 f"{error}; dnstrace needs a kernel built with CONFIG_DEBUG_INFO_BTF "
@@ -198,12 +228,32 @@ def _compile_in_child(
     os._exit(0)
 
 
-def _compile(text: str, macros: Mapping[str, int]) -> tuple[dict[str, bytes], list[int]]:
+def _require_known(machine: str) -> None:
+    if machine not in SYSCALL_NUMBERS:
+        known = ", ".join(sorted(SYSCALL_NUMBERS))
+        raise UnknownMachine(f"the system calls of {machine} are not known (known: {known})")
+
+
+def _prepare_environment(machine: str) -> list[str]:
+    """Says to BCC where headers are and what to compile for. Returns what clang is told besides."""
+    os.environ["BCC_KERNEL_SOURCE"] = str(files("tracer") / "bpf" / "kernel")
+    # Whoever builds kernels may have these, for other purposes.
+    for name in ("ARCH", "BCC_LINUX_VERSION_CODE"):
+        os.environ.pop(name, None)
+    if machine == platform.machine():
+        return []
+    os.environ["ARCH"] = _BCC_ARCH.get(machine, machine)
+    return ["-fcf-protection=none"]  # BCC for x86 asks for it, whatever the target
+
+
+def _compile(
+    text: str, macros: Mapping[str, int], flags: Iterable[str]
+) -> tuple[dict[str, bytes], list[int]]:
     from bcc import BPF
     from bcc.libbcc import lib
 
-    flags = [f"-D{name}={value}" for name, value in macros.items()]
-    module = BPF(text=text.encode(), cflags=["-Wno-unknown-warning-option", *flags])
+    defined = [f"-D{name}={value}" for name, value in macros.items()]
+    module = BPF(text=text.encode(), cflags=["-Wno-unknown-warning-option", *flags, *defined])
     fds = [lib.bpf_table_fd(module.module, name.encode()) for name in MAPS]
     numbers = {fd: number for number, fd in enumerate(fds)}
     instructions = {
@@ -251,5 +301,5 @@ def _kernel_macros() -> dict[str, int]:
     major, minor, patch = (int(part or 0) for part in release.groups()) if release else (0, 0, 0)
     return {
         "LINUX_VERSION_CODE": (major << 16) + (minor << 8) + min(patch, 255),
-        "PAGE_SIZE": os.sysconf("SC_PAGESIZE"),
+        "PAGE_SIZE": _PAGE,
     }

@@ -43,23 +43,31 @@ _ARGUMENTS = {
 }
 
 
-def kernel_offsets(btf: Btf, *, kprobes: bool) -> dict[str, int]:
-    """Macro name to byte offset. Raises BtfError when a member that must be there is not."""
+class UnknownMachine(BtfError):
+    """What must be known of a machine to trace on it is not. The message says what."""
+
+
+def kernel_offsets(btf: Btf, *, kprobes: bool, machine: str | None = None) -> dict[str, int]:
+    """Macro name to byte offset. Raises BtfError when a member that must be there is not.
+
+    `machine` is what uname calls that kernel's; None: this one.
+    """
     offsets = {macro: btf.offset(*where) for macro, where in _NEEDED.items()}
     offsets.update(_conntrack_offsets(btf))
     if kprobes:
-        offsets.update(_argument_offsets(btf))
+        offsets.update(_argument_offsets(btf, machine or platform.machine()))
     # kfree_skb(void *, skb, location, reason): the reason came with 5.17 (c504e5c2f964).
     if btf.parameter_count("btf_trace_kfree_skb") > _PARAMETERS_BEFORE_REASON:
         offsets["HAVE_DROP_REASON"] = 1
     return offsets
 
 
-def _argument_offsets(btf: Btf) -> dict[str, int]:
-    machine = platform.machine()
+def _argument_offsets(btf: Btf, machine: str) -> dict[str, int]:
     names = _ARGUMENTS.get(machine)
     if names is None:
-        raise BtfError(f"dnstrace does not know how {machine} passes arguments")
+        raise UnknownMachine(
+            f"how functions of {machine} get their arguments is not known; use --hooks tracepoint"
+        )
     step = 8 if len(set(names)) == 1 else 0
     return {
         f"OFFSET_argument_{i}": btf.offset("pt_regs", name) + i * step
