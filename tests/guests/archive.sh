@@ -20,7 +20,7 @@ fail() {
 mirror() {
 	# shellcheck disable=SC2016 # apt fills these in
 	apt-get indextargets --format '$(REPO_URI) $(RELEASE)' 'Created-By: Packages' |
-		awk '$2 !~ /security|updates|backports/ && $1 ~ /debian\/?$/ { print $1; exit }'
+		awk '$2 !~ /security|updates|backports/ && $1 ~ /debian\/?$/ && !seen++ { print $1 }'
 }
 
 # archive SUITE ARCHITECTURE: sets `apt`, a directory, and `options` for apt's commands.
@@ -33,6 +33,9 @@ archive() {
 		"name one in /etc/apt/sources.list.d"
 	[[ -e $keys ]] || fail "$keys is missing" "apt-get install debian-archive-keyring"
 	echo "deb [signed-by=$keys] $site $suite main" >"$apt/sources.list"
+	if [[ $suite != sid ]]; then
+		echo "deb [signed-by=$keys] ${site%/}-security $suite-security main" >>"$apt/sources.list"
+	fi
 	: >"$apt/status"
 	options=(
 		-qq

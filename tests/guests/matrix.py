@@ -3,7 +3,7 @@
 
 Boots every kernel of KERNELS under emulation, runs what TESTS names in it, and this machine's own
 kernel beside them, and prints a table of kernel, case and result. With --readme, the table goes into
-the README too. Every guest's whole output is in build/kernels/VERSION.log.
+the README too. All output and pytest's results are in build/kernels/VERSION.
 
     python -m tests.guests.matrix [--readme] [SERIES ...]
 
@@ -25,7 +25,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tests.guests.other_bcc import ROOTS, SUITES
 from tests.guests.table import Outcome, Table, readme_with, rows_of
+from tracer.kernel import kprobes
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -44,6 +46,7 @@ TESTS = (
     "tests/test_real_packets.py",
     "tests/test_clsact.py",
 )
+OTHER_BCC = "tests/guests/other_bcc.py"
 LAST = "tests/guests/locked_down.py"  # the machine must be booted anew after that
 # What a stock kernel may lack, and up to which series. All else must run in every guest.
 MAY_LACK = {
@@ -53,14 +56,20 @@ MAY_LACK = {
 
 
 @dataclass
-class Result:
-    """One kernel's run."""
+class Kernel:
+    """One column: what came of the tests on a kernel."""
 
     version: str
     series: str | None  # None: this machine's own
     outcomes: dict[tuple[str, str], Outcome] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     seconds: float = 0.0
+
+    @property
+    def title(self) -> str:
+        """What the column is called: the series, since versions change by the week."""
+        name = ".".join(self.version.split(".")[:2])
+        return name if self.series or kprobes.available() else f"{name}, no kprobes"
 
 
 def main() -> int:
@@ -69,99 +78,95 @@ def main() -> int:
     parser.add_argument("--readme", action="store_true", help="write the table into the README")
     args = parser.parse_args()
     OUTPUT.mkdir(parents=True, exist_ok=True)
-    versions = {series: fetch(series) for series in args.series}
+    guests = [Kernel(fetched("fetch-kernel", series).strip(), series) for series in args.series]
+    for suite in SUITES:
+        fetched("fetch-root", suite, str(ROOTS / suite))
+    began = time.monotonic()
     with ThreadPoolExecutor(AT_A_TIME) as pool:
-        results = list(pool.map(in_guest, versions, versions.values()))
-    results.append(natively())
-    for result in results:
-        result.problems += holes(result)
-    table = Table([(column(result), result.outcomes) for result in results])
+        jobs = [pool.submit(in_guest, kernel, "tests", *TESTS, LAST) for kernel in guests]
+        newest = [OTHER_BCC, "-k", SUITES[-1]]
+        jobs.append(pool.submit(in_guest, guests[-1], "bcc", *newest))
+        for job in jobs:
+            job.result()
+    print(f"guests: {time.monotonic() - began:.0f} s", flush=True)
+    own = Kernel(platform.release(), None)
+    run(own, "tests", pytest_command(own, "tests", *TESTS, OTHER_BCC), dict(os.environ))
+    return report([*guests, own], readme=args.readme)
+
+
+def report(kernels: list[Kernel], *, readme: bool) -> int:
+    """Prints the table, and what is wrong; the exit status."""
+    for kernel in kernels:
+        kernel.problems += holes(kernel)
+    table = Table([(kernel.title, kernel.outcomes) for kernel in kernels])
     print(table.text())
-    for result in results:
-        said = "; ".join(result.problems) or "all passed"
-        print(f"{result.version}: {said} ({result.seconds:.0f} s, {log_of(result.version)})")
-    if args.readme:
-        readme = PROJECT / "README.md"
-        readme.write_text(readme_with(readme.read_text(), table.markdown()))
-    return int(any(result.problems for result in results))
+    for kernel in kernels:
+        said = "; ".join(kernel.problems) or "all passed"
+        print(f"{kernel.version}: {said} ({kernel.seconds:.0f} s; build/kernels/{kernel.version})")
+    if readme:
+        page = PROJECT / "README.md"
+        page.write_text(readme_with(page.read_text(), table.markdown()))
+    return int(any(kernel.problems for kernel in kernels))
 
 
-def fetch(series: str) -> str:
-    """The newest version of a series, which is on this machine afterwards."""
+def fetched(*command: str) -> str:
+    """What a script beside this one printed, which had to succeed."""
     done = subprocess.run(
-        [str(HERE / "fetch-kernel"), series], stdout=subprocess.PIPE, text=True, check=False
+        [str(HERE / command[0]), *command[1:]], stdout=subprocess.PIPE, text=True, check=False
     )
     if done.returncode != 0:
-        sys.exit(f"kernel {series}: could not be fetched (see above)")
-    return done.stdout.strip()
+        sys.exit(f"{' '.join(command)}: failed (see above)")
+    return done.stdout
 
 
-def in_guest(series: str, version: str) -> Result:
-    """Boots a kernel, and runs the tests in it."""
-    result = Result(version, series)
-    shared = OUTPUT / version
-    shared.mkdir(exist_ok=True)
-    junit = shared / "junit.xml"
-    junit.unlink(missing_ok=True)
-    environment = {
-        **os.environ,
-        "SHARE": str(shared),
-        "TIMEOUT": str(GUEST_TIMEOUT_S),
-    }
-    inside = f"PYTHONDONTWRITEBYTECODE=1 {shlex.join(pytest_command(junit, *TESTS, LAST))}"
-    run(result, [str(HERE / "boot"), version, inside], environment, junit)
-    return result
+def in_guest(kernel: Kernel, what: str, *tests: str) -> None:
+    """Boots a kernel, and runs tests in it."""
+    inside = f"PYTHONDONTWRITEBYTECODE=1 {shlex.join(pytest_command(kernel, what, *tests))}"
+    shared = {"SHARE": str(directory(kernel)), "TIMEOUT": str(GUEST_TIMEOUT_S)}
+    run(kernel, what, [str(HERE / "boot"), kernel.version, inside], {**os.environ, **shared})
 
 
-def natively() -> Result:
-    """The same on this machine's own kernel."""
-    result = Result(platform.release(), None)
-    junit = OUTPUT / f"{result.version}.xml"
-    junit.unlink(missing_ok=True)
-    run(result, pytest_command(junit, *TESTS), dict(os.environ), junit)
-    return result
-
-
-def pytest_command(junit: Path, *tests: str) -> list[str]:
-    options = ["-q", "--color=no", "-p", "no:cacheprovider", f"--junitxml={junit}"]
+def pytest_command(kernel: Kernel, what: str, *tests: str) -> list[str]:
+    junit = f"--junitxml={directory(kernel) / what}.xml"
+    options = ["-q", "--color=no", "-p", "no:cacheprovider", junit]
     return [sys.executable, "-m", "pytest", *options, *tests]
 
 
-def run(result: Result, argv: list[str], environment: dict[str, str], junit: Path) -> None:
-    """Runs pytest with its output in the log, and takes in what came of each test."""
-    print(f"{result.version}: runs, output in {log_of(result.version)}", flush=True)
+def directory(kernel: Kernel) -> Path:
+    """Where a kernel's logs and results are."""
+    where = OUTPUT / kernel.version
+    where.mkdir(exist_ok=True)
+    return where
+
+
+def run(kernel: Kernel, what: str, argv: list[str], environment: dict[str, str]) -> None:
+    """Runs pytest with its output in a log, and takes in what came of each test."""
+    log, junit = (directory(kernel) / f"{what}{suffix}" for suffix in (".log", ".xml"))
+    junit.unlink(missing_ok=True)
+    print(f"{kernel.version}: {what}, output in {log.relative_to(PROJECT)}", flush=True)
     began = time.monotonic()
-    with log_of(result.version).open("wb") as log:
+    with log.open("wb") as output:
         status = subprocess.run(
-            argv, stdout=log, stderr=subprocess.STDOUT, env=environment, cwd=PROJECT, check=False
+            argv, stdout=output, stderr=subprocess.STDOUT, env=environment, cwd=PROJECT, check=False
         ).returncode
-    result.seconds = time.monotonic() - began
+    kernel.seconds += time.monotonic() - began
     if not junit.exists():
-        result.problems.append(f"ended with status {status} before its tests were through")
+        kernel.problems.append(f"{what} ended with status {status} before they were through")
         return
-    result.outcomes = rows_of(ET.parse(junit).getroot())  # noqa: S314 - our own pytest wrote it
-    failed = sorted({row for (row, _), outcome in result.outcomes.items() if outcome.failed})
+    outcomes = rows_of(ET.parse(junit).getroot())  # noqa: S314 - our own pytest wrote it
+    kernel.outcomes |= outcomes
+    failed = sorted({row for (row, _), outcome in outcomes.items() if outcome.failed})
     if failed or status != 0:
-        result.problems.append(f"failed: {', '.join(failed) or f'status {status}'}")
+        kernel.problems.append(f"failed: {', '.join(failed) or f'status {status}'}")
 
 
-def holes(result: Result) -> Iterable[str]:
+def holes(kernel: Kernel) -> Iterable[str]:
     """What was not run though this kernel has what it takes: then the test is at fault."""
-    if result.series is None:
+    if kernel.series is None:
         return
-    for (row, hooks), outcome in result.outcomes.items():
-        if outcome.lacking and result.series not in MAY_LACK.get(row, ()):
+    for (row, hooks), outcome in kernel.outcomes.items():
+        if outcome.lacking and kernel.series not in MAY_LACK.get(row, ()):
             yield f"not run: {row} ({hooks}): {outcome.lacking}"
-
-
-def log_of(version: str) -> Path:
-    return (OUTPUT / f"{version}.log").relative_to(PROJECT)
-
-
-def column(result: Result) -> str:
-    """What a column is called: the series, since versions change by the week."""
-    name = ".".join(result.version.split(".")[:2])
-    return name if result.series else f"{name}, no kprobes"
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
 BEGIN, END = "<!-- made by make test-kernels -->", "<!-- end -->"
-PASSED, FAILED, LACKING, ABSENT = "yes", "NO", "-", "?"
+PASSED, FAILED, LACKING, ABSENT = "yes", "NO", "-", ""
 _NOT_OFFERED = "not offered by this kernel: "
 # Rows that are one test, or a whole module of them.
 _TITLES = {
