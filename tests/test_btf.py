@@ -180,7 +180,7 @@ def test_offset_is_what_bpftool_says(macro: str) -> None:
 
 def test_arguments_of_functions_are_where_bpftool_says() -> None:
     btf, dump = running_kernel()
-    registers = offsets._ARGUMENTS[platform.machine()]
+    registers = offsets.ARGUMENTS[platform.machine()]
     expected = [dump.offset("pt_regs", name) for name in registers]
     if len(set(registers)) == 1:
         expected = [start + 8 * number for number, start in enumerate(expected)]

@@ -50,6 +50,8 @@ class Tracer:
             self._errors.append(line)
             if "tracing" in line:
                 return
+        self.process.wait()
+        self.process.stderr.close()
         raise AssertionError(f"dnstrace did not start: {''.join(self._errors)}")
 
     def stop(self, timeout_s: float = 30.0) -> Trace:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from tracer.kernel import bpf
 from tracer.kernel.bpf import AttachType
+from tracer.kernel.offsets import ARGUMENTS
 
 _PMU_TYPE = Path("/sys/bus/event_source/devices/kprobe/type")
 _ARMED = Path("/sys/kernel/debug/kprobes/enabled")
@@ -28,6 +29,8 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 def obstacle() -> str | None:
     """Why kprobes cannot be used here, or None."""
+    if platform.machine() not in ARGUMENTS:
+        return f"how functions of {platform.machine()} get their arguments is not known"
     if not _PMU_TYPE.exists():
         return "this kernel has no kprobes (CONFIG_KPROBE_EVENTS)"
     try:

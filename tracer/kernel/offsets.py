@@ -37,7 +37,7 @@ _NEEDED = {
 
 
 # The registers that carry a function's first arguments, as members of struct pt_regs.
-_ARGUMENTS = {
+ARGUMENTS = {
     "x86_64": ("di", "si", "dx"),
     "aarch64": ("regs", "regs", "regs"),  # an array: x0, x1, x2
 }
@@ -63,7 +63,7 @@ def kernel_offsets(btf: Btf, *, kprobes: bool, machine: str | None = None) -> di
 
 
 def _argument_offsets(btf: Btf, machine: str) -> dict[str, int]:
-    names = _ARGUMENTS.get(machine)
+    names = ARGUMENTS.get(machine)
     if names is None:
         raise UnknownMachine(
             f"how functions of {machine} get their arguments is not known; use --hooks tracepoint"

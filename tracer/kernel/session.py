@@ -227,10 +227,11 @@ class Session:
             self.notes.append(f"drops are not seen: {error.strerror}")
         try:
             self.devices.start()
+            refused = self.devices.last_failure
         except OSError as error:
-            self.notes.append(
-                f"no device is watched, so nothing is seen between sockets: {error.strerror}"
-            )
+            refused = error.strerror
+        if self.devices.count() == 0 and refused:
+            self.notes.append(f"no device is watched, so no hop between sockets: {refused}")
         if self.devices.count() == 0 and self.hooks is None:
             raise Unsupported(f"nothing can be watched here: {'; '.join(self.notes)}")
 
