@@ -30,6 +30,7 @@ test: ## set up, then run every check and every test (as root)
 
 test-kernels: ## the live tests on stock kernels, in emulated guests (as root, 15 minutes)
 	tools/setup kernels
+	cd vagrant && vagrant validate --ignore-provider
 	$(BIN)/python -m tests.guests.matrix
 
 check: ## formatting, lint and types
