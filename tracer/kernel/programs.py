@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from tracer.kernel.compile import Object
 
-# The marks of bpf/dnstrace.bpf.c.
+# The marks of bpf/marks.h.
 _MARK_NETNS = 0x646E737472616301
 _MARK_L2_HLEN = 0x646E737472616302
 _MARK_HOOK = 0x646E737472616303

@@ -212,6 +212,7 @@ class Session:
 
     def _attach(self, limits: Limits, wanted: HookSet | None) -> None:
         """Attaches all that this host offers. Raises Unsupported if that is not enough."""
+        self._set(paused=True)
         try:
             programs.fill_free_slots(self.built, limits.slots)
         except OSError as error:

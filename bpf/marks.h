@@ -1,0 +1,22 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+#ifndef DNSTRACE_MARKS_H
+#define DNSTRACE_MARKS_H
+
+/*
+ * Constants that user space writes into each loaded copy of a program, so that
+ * the verifier drops what that copy does not need.
+ */
+#define MARK_NETNS 0x646e737472616301ULL
+#define MARK_L2_HLEN 0x646e737472616302ULL
+#define MARK_HOOK 0x646e737472616303ULL /* enum hop_kind */
+#define MARK_SKB_ARGUMENT 0x646e737472616305ULL /* 0 or 1 */
+#define MARK_VERDICT 0x646e737472616304ULL /* whatever lets the packet pass at this hook */
+#define MARK_READ_TASK 0x646e737472616306ULL /* 1: no helper tells of the process here */
+
+static __always_inline u64 patched(u64 mark)
+{
+	asm volatile("" : "+r"(mark));
+	return mark;
+}
+
+#endif
