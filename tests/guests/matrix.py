@@ -3,7 +3,8 @@
 
 Boots every kernel of KERNELS under emulation, runs what TESTS names in it, and this machine's own
 kernel beside them, and prints a table of kernel, case and result. With --readme, the table goes into
-the README too. All output and pytest's results are in build/kernels/VERSION.
+the README too. What each test said, and the captures and traces that they judged, are in
+build/kernels/VERSION.
 
     python -m tests.guests.matrix [--readme] [SERIES ...]
 
@@ -98,7 +99,8 @@ def main() -> int:
             job.result()
     print(f"guests: {time.monotonic() - began:.0f} s", flush=True)
     own = Kernel(platform.release(), None)
-    run(own, "tests", pytest_command(own, "tests", *TESTS, DEGRADE, OTHER_BCC), dict(os.environ))
+    natively = pytest_command(own, "tests", *TESTS, DEGRADE, OTHER_BCC)
+    run(own, "tests", ["env", evidence(own, "tests"), *natively], {})
     return report([*guests, own], readme=args.readme)
 
 
@@ -129,15 +131,21 @@ def fetched(*command: str) -> str:
 
 def in_guest(kernel: Kernel, what: str, *tests: str) -> None:
     """Boots a kernel, and runs tests in it."""
-    inside = shlex.join(pytest_command(kernel, what, *tests))
-    shared = {"SHARE": str(directory(kernel)), "TIMEOUT": str(GUEST_TIMEOUT_S)}
-    run(kernel, what, [str(HERE / "boot"), kernel.version, inside], {**os.environ, **shared})
+    inside = shlex.join(["env", evidence(kernel, what), *pytest_command(kernel, what, *tests)])
+    guest = {"SHARE": str(directory(kernel)), "TIMEOUT": str(GUEST_TIMEOUT_S)}
+    run(kernel, what, [str(HERE / "boot"), kernel.version, inside], guest)
 
 
 def pytest_command(kernel: Kernel, what: str, *tests: str) -> list[str]:
     junit = f"--junitxml={directory(kernel) / what}.xml"
-    options = ["-q", "--color=no", "-p", "no:cacheprovider", junit]
+    # What each case is, what it printed where it passed, and why it was not run.
+    options = ["-v", "-rPs", "--no-header", "--color=no", "-p", "no:cacheprovider", junit]
     return [sys.executable, "-m", "pytest", *options, *tests]
+
+
+def evidence(kernel: Kernel, what: str) -> str:
+    """For the environment: where captures and traces are kept (see tests/kernels/test_cases.py)."""
+    return f"DNSTRACE_EVIDENCE={directory(kernel) / what}"
 
 
 def directory(kernel: Kernel) -> Path:
@@ -155,7 +163,12 @@ def run(kernel: Kernel, what: str, argv: list[str], environment: dict[str, str])
     began = time.monotonic()
     with log.open("wb") as output:
         status = subprocess.run(
-            argv, stdout=output, stderr=subprocess.STDOUT, env=environment, cwd=PROJECT, check=False
+            argv,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **environment},
+            cwd=PROJECT,
+            check=False,
         ).returncode
     kernel.seconds += time.monotonic() - began
     if not junit.exists():

@@ -8,6 +8,8 @@ On a kernel with kprobes both sets trace side by side, and what they say is comp
 from __future__ import annotations
 
 import contextlib
+import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -63,6 +65,15 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
         yield done
     finally:
         world.lab.down()
+        keep_evidence(tmp)
+
+
+def keep_evidence(tmp: Path) -> None:
+    """Captures and traces, where whoever runs this wants to look at them."""
+    kept = os.environ.get("DNSTRACE_EVIDENCE")
+    if kept:
+        shutil.rmtree(kept, ignore_errors=True)
+        shutil.copytree(tmp, kept)
 
 
 def new_world(tmp: Path) -> World:

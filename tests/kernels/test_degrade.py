@@ -59,6 +59,7 @@ def doctor(prefix: Sequence[str], command: Sequence[str] = DNSTRACE) -> tuple[in
         check=False,
         env={**os.environ, "COLUMNS": "120"},
     )
+    print(done.stdout)
     return done.returncode, " ".join(done.stdout.split())
 
 
@@ -70,6 +71,7 @@ def refusal(prefix: Sequence[str], *arguments: str) -> str:
         text=True,
         check=False,
     )
+    print(done.stderr)
     assert done.returncode == 3, done.stderr
     assert "Traceback" not in done.stderr
     assert done.stdout == ""
