@@ -254,6 +254,8 @@ def test_cgroup_v1_alone(run: Run, tmp_path: Path) -> None:
 def test_killed_tracer_is_cleaned_up_after(run: Run, tmp_path: Path) -> None:
     """kill -9: links are gone at once, filters at the next start; a filter of others stays."""
     world = run.world
+    if len(run.seen) > 1 and "dnstrace-" not in run.filters["kprobe"]:
+        pytest.skip("not offered by this kernel: with TCX, no filters could be left")
     veth = world.lab.pod("sre/web-0").veth
     world.node("node1", f"tc qdisc add dev {veth} clsact")
     world.node(

@@ -144,7 +144,10 @@ def test_no_right_to_devices(tmp_path: Path) -> None:
     if not HAVE_KPROBES:
         assert "nothing can be watched here" in refusal(without("net_admin", "sys_admin"))
         return
-    t, trace = traced([*without("net_admin"), *DNSTRACE], tmp_path)
+    # A namespace with a device in it; a guest has none.
+    veth = "ip link set lo up && ip link add a0 type veth peer name b0"
+    elsewhere = ["unshare", "--net", "sh", "-c", f'{veth} && exec "$@"', "sh"]
+    t, trace = traced([*elsewhere, *without("net_admin"), *DNSTRACE], tmp_path)
     assert [hop["kind"] for hop in t["hops"]] == ["send", "receive", "send", "receive"]
     # CAP_SYS_ADMIN is enough for TCX links, but not for filters.
     assert ("no device is watched" in trace.stderr) != ("TCX links" in trace.stderr)
