@@ -127,7 +127,9 @@ def _trace_with(args: argparse.Namespace, compilation: Compilation | None) -> in
         say(str(error))
         return UNSUPPORTED
     try:
-        for note in (*host.confinement(), *session.notes):
+        for found in host.confinement():
+            say(f"{found.what} ({found.fix})")
+        for note in session.notes:
             say(note)
         say(_armed(session, args))
         from tracer.output import make_output

@@ -112,8 +112,7 @@ def _privileges() -> Finding:
 
 def _confinement() -> Iterator[Finding]:
     for found in host.confinement():
-        what, _, fix = found.rpartition(" (")
-        yield Finding("container", "note", what, fix.removesuffix(")"))
+        yield Finding("container", "note", found.what, found.fix)
 
 
 def _lockdown() -> Finding:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import NamedTuple
 
 from tracer.kernel import netns
 
@@ -45,24 +46,39 @@ def locked_down() -> bool:
         return False
 
 
-def confinement() -> list[str]:
-    """What cannot be seen from inside the container that this process is in, and the remedy."""
+class Confinement(NamedTuple):
+    """What cannot be seen from inside a container, and what to do about it in a pod's manifest."""
+
+    what: str
+    fix: str
+
+
+def confinement() -> list[Confinement]:
+    """What keeps this process from seeing the whole node."""
     found = []
     if _namespace("pid") != _FIRST_PID:
         found.append(
-            "in a container with a pid namespace of its own: the nodes' network namespaces and "
-            "the pods' resolv.conf are not found (give the pod hostPID: true)"
+            Confinement(
+                "in a pid namespace of its own: of processes outside, neither network namespace "
+                "nor resolv.conf is found",
+                "hostPID: true",
+            )
         )
     elif _namespace("net") != (_namespace("net", _KTHREADD) or _namespace("net")):
         found.append(
-            "in a network namespace of its own: the node's devices are found only if it looks "
-            "like a node (give the pod hostNetwork: true)"
+            Confinement(
+                "in a network namespace of its own: the node's devices are watched only if they "
+                "lead to two namespaces or more",
+                "hostNetwork: true",
+            )
         )
     root = netns.cgroup2_root()
     if _namespace("cgroup") != _FIRST_CGROUP and root and not netns.whole_cgroup2(root):
         found.append(
-            f"in a cgroup namespace of its own: {root} shows this container's cgroups only "
-            "(mount the host's /sys/fs/cgroup)"
+            Confinement(
+                f"in a cgroup namespace of its own: {root} has this container's cgroups only",
+                "mount the host's /sys/fs/cgroup",
+            )
         )
     return found
 
