@@ -67,8 +67,8 @@ def confinement() -> list[Confinement]:
     elif _namespace("net") != (_namespace("net", _KTHREADD) or _namespace("net")):
         found.append(
             Confinement(
-                "in a network namespace of its own: the node's devices are watched only if they "
-                "lead to two namespaces or more",
+                "in a network namespace of its own: the node's devices are watched only if two "
+                "pods or more have theirs there",
                 "hostNetwork: true",
             )
         )
