@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tests.guests.other_bcc import ROOTS, SUITES
-from tests.guests.table import Outcome, Table, readme_with, rows_of
+from tests.guests.table import Outcome, Table, readme_with, recorded, rows_of
 from tracer.kernel import kprobes
 
 if TYPE_CHECKING:
@@ -66,6 +66,7 @@ class Kernel:
     version: str
     series: str | None  # None: this machine's own
     outcomes: dict[tuple[str, str], Outcome] = field(default_factory=dict)
+    measured: dict[str, str] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     seconds: float = 0.0
 
@@ -114,6 +115,8 @@ def report(kernels: list[Kernel], *, readme: bool) -> int:
     for kernel in kernels:
         said = "; ".join(kernel.problems) or "all passed"
         print(f"{kernel.version}: {said} ({kernel.seconds:.0f} s; build/kernels/{kernel.version})")
+        for name, value in kernel.measured.items():
+            print(f"    {name}: {value}")
     if readme:
         page = PROJECT / "README.md"
         page.write_text(readme_with(page.read_text(), table.markdown()))
@@ -175,7 +178,9 @@ def run(kernel: Kernel, what: str, argv: list[str], environment: dict[str, str])
     if not junit.exists():
         kernel.problems.append(f"{what} ended with status {status} before they were through")
         return
-    outcomes = rows_of(ET.parse(junit).getroot())  # noqa: S314 - our own pytest wrote it
+    suites = ET.parse(junit).getroot()  # noqa: S314 - our own pytest wrote it
+    outcomes = rows_of(suites)
+    kernel.measured |= recorded(suites)
     kernel.outcomes |= outcomes
     failed = sorted({row for (row, _), outcome in outcomes.items() if outcome.failed})
     if failed or status != 0:

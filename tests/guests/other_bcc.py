@@ -42,7 +42,7 @@ def test_other_bcc(
     if hooks == "kprobe" and not kprobes.available():
         pytest.skip("not offered by this kernel: no kprobes (CONFIG_KPROBE_EVENTS)")
     root = ROOTS / suite
-    record_property("versions", in_root.versions(root))
+    record_property(f"Debian {suite}", in_root.versions(root))
     if hooks == "tracepoint":
         in_root.doctor(root)
     assert in_root.trace(root, lab, hooks) == in_root.QUESTIONS

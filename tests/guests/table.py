@@ -71,6 +71,11 @@ def rows_of(suites: ET.Element) -> Outcomes:
     return found
 
 
+def recorded(suites: ET.Element) -> dict[str, str]:
+    """What tests measured on their way, by name."""
+    return {p.get("name", ""): p.get("value", "") for p in suites.iter("property")}
+
+
 def _row(module: str, name: str) -> tuple[str, str] | None:
     per_hooks = _PER_HOOKS.fullmatch(name)
     if per_hooks:

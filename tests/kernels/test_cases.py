@@ -165,9 +165,9 @@ def test_both_sets_of_hooks_agree(run: Run, record_property: Callable[[str, obje
             receives_ns.append(later_ns + one["latency_ns"] - other["latency_ns"])
     assert statistics.median(sends_ns) < 0
     assert statistics.median(receives_ns) > 0
-    record_property("transactions", len(kprobe))
-    record_property("send_earlier_by_kprobe_us", -statistics.median(sends_ns) / 1e3)
-    record_property("receive_later_by_kprobe_us", statistics.median(receives_ns) / 1e3)
+    record_property("transactions that both sets of hooks saw", len(kprobe))
+    record_property("sends earlier by kprobe, median in us", -statistics.median(sends_ns) / 1e3)
+    record_property("receives later by kprobe, median in us", statistics.median(receives_ns) / 1e3)
 
 
 def is_never_taken(t: dict[str, Any]) -> bool:
