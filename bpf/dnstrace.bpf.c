@@ -71,6 +71,22 @@ static __always_inline bool maybe_dns(struct __sk_buff *skb, u32 l3, u16 protoco
 	return is_dns_port(to) || is_dns_port(from) || (device && is_tunnel_port(to));
 }
 
+#define PULLED_MAX (RESPONSE_LARGE + 128) /* with room for headers */
+
+/*
+ * Kprobes cannot read what a driver has put into pages. So a device, which all
+ * that comes from outside passes first, has the kernel move it beside the rest.
+ * The packet's bytes stay as they are; pointers to them do not.
+ */
+static __always_inline void pull(struct __sk_buff *skb)
+{
+	u32 len = skb->len, data_len = 0;
+
+	READ_FIELD(data_len, skb, OFFSET_sk_buff_data_len);
+	if (data_len)
+		bpf_skb_pull_data(skb, len < PULLED_MAX ? len : PULLED_MAX);
+}
+
 /* TC programs on devices, and cgroup_skb programs at the root of the cgroup tree. */
 int packet(struct __sk_buff *skb)
 {
@@ -126,6 +142,8 @@ int packet(struct __sk_buff *skb)
 		count(COUNT_UNDECODABLE);
 	}
 	scratch_release(scratch);
+	if (device && patched(MARK_PULL) && parsed == IS_DNS)
+		pull(skb);
 	return patched(MARK_VERDICT);
 }
 
@@ -141,14 +159,13 @@ static __always_inline bool open_skb(u64 skb, struct source *source)
 	u32 len = 0, data_len = 0;
 	__be16 ports[2];
 
-	if (bpf_probe_read_kernel(window, sizeof(window),
-				  (void *)(skb + OFFSET_sk_buff_transport_header)))
+	if (read_kernel(window, sizeof(window), (void *)(skb + OFFSET_sk_buff_transport_header)))
 		return false;
 	transport = *(u16 *)members;
 	network =
 		*(u16 *)(members + OFFSET_sk_buff_network_header - OFFSET_sk_buff_transport_header);
-	bpf_probe_read_kernel(&head, sizeof(head), (void *)(skb + OFFSET_sk_buff_head));
-	if (bpf_probe_read_kernel(ports, sizeof(ports), (void *)(head + transport)))
+	read_kernel(&head, sizeof(head), (void *)(skb + OFFSET_sk_buff_head));
+	if (read_kernel(ports, sizeof(ports), (void *)(head + transport)))
 		return false;
 	/* Before IP has looked at a packet, both headers start at the same place. */
 	if (transport != network && !is_dns_port(ports[0]) && !is_dns_port(ports[1]))

@@ -32,7 +32,7 @@ static __always_inline void process_name(char *comm)
 	u64 leader = 0;
 
 	READ_FIELD(leader, bpf_get_current_task(), OFFSET_task_group_leader);
-	bpf_probe_read_kernel(comm, 16, (void *)(leader + OFFSET_task_comm));
+	read_kernel(comm, 16, (void *)(leader + OFFSET_task_comm));
 }
 
 /* struct nf_conntrack_tuple: the part that names addresses and ports. */

@@ -11,6 +11,7 @@
 #define MARK_HOOK 0x646e737472616303ULL /* enum hop_kind */
 #define MARK_SKB_ARGUMENT 0x646e737472616305ULL /* 0 or 1 */
 #define MARK_VERDICT 0x646e737472616304ULL /* whatever lets the packet pass at this hook */
+#define MARK_PULL 0x646e737472616307ULL /* 1: kprobes will read this packet further on */
 #define MARK_READ_TASK 0x646e737472616306ULL /* 1: no helper tells of the process here */
 
 static __always_inline u64 patched(u64 mark)

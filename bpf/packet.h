@@ -44,8 +44,14 @@ struct source {
 	u64 packet; /* struct sk_buff, where there is an address: what is not linear hangs on it */
 };
 
+/*
+ * The helper by its number: by its name, BCC takes an older one instead where
+ * the kernel's symbols are hidden from it.
+ */
+static long (*const read_kernel)(void *to, u32 size, const void *from) = (void *)113;
+
 #define READ_FIELD(to, base, offset) \
-	bpf_probe_read_kernel(&(to), sizeof(to), (void *)((u64)(base) + (offset)))
+	read_kernel(&(to), sizeof(to), (void *)((u64)(base) + (offset)))
 
 /*
  * A number by way of memory, which the verifier does not follow: whatever the
@@ -100,29 +106,33 @@ static __always_inline u32 source_read(struct source *source, u32 offset, void *
 	if (source->skb) {
 		if (bpf_skb_load_bytes(source->skb, source->offset + offset, to, limit))
 			return 0;
-	} else if (bpf_probe_read_kernel(to, limit, (void *)(source->address + offset))) {
+	} else if (read_kernel(to, limit, (void *)(source->address + offset))) {
 		return 0;
 	}
 	return limit;
 }
 
 /*
- * Goes on where source_read ended, at *filled bytes: IP fragments hang on the
- * first one's packet. Copies whole chunks, so there must be room for one more
- * than size. What lies in pages (of some drivers) cannot be read.
+ * Goes on where source_read ended, at *filled of len bytes: IP fragments hang on
+ * the first one's packet. Copies whole chunks, so there must be room for one
+ * more than size. What lies in pages cannot be read, so it ends there.
  */
-static __always_inline void read_fragments(struct source *source, u8 *to, u32 size, u32 *memory,
-					   volatile u32 *filled)
+static __always_inline void read_fragments(struct source *source, u8 *to, u32 size, u32 len,
+					   u32 *memory, volatile u32 *filled)
 {
-	u64 packet, head = 0, at = 0, offset;
+	u64 packet = 0, head = 0, at = 0, offset;
 	u32 end = 0, data_len, left = 0, i;
+	u8 pages = 0;
 
-	if (!source->address || source->linear == source->len)
+	if (!source->address || source->linear == source->len || !*filled)
 		return;
-	bpf_probe_read_kernel(&head, sizeof(head), (void *)(source->packet + OFFSET_sk_buff_head));
-	bpf_probe_read_kernel(&end, sizeof(end), (void *)(source->packet + OFFSET_sk_buff_end));
-	bpf_probe_read_kernel(&packet, sizeof(packet),
-			      (void *)(head + end + OFFSET_skb_shared_info_frag_list));
+	read_kernel(&head, sizeof(head), (void *)(source->packet + OFFSET_sk_buff_head));
+	read_kernel(&end, sizeof(end), (void *)(source->packet + OFFSET_sk_buff_end));
+	head += end;
+	READ_FIELD(pages, head, OFFSET_skb_shared_info_nr_frags);
+	READ_FIELD(packet, head, OFFSET_skb_shared_info_frag_list);
+	if (pages)
+		return;
 #pragma nounroll
 	for (i = 0; i < RESPONSE_LARGE / FRAGMENT_CHUNK + MAX_FRAGMENTS; i++) {
 		offset = *filled;
@@ -141,7 +151,7 @@ static __always_inline void read_fragments(struct source *source, u8 *to, u32 si
 		}
 		/* Or clang would see that the mask does nothing, and the verifier would not. */
 		asm volatile("" : "+r"(offset));
-		if (bpf_probe_read_kernel(to + (offset & (size - 1)), FRAGMENT_CHUNK, (void *)at))
+		if (read_kernel(to + (offset & (size - 1)), FRAGMENT_CHUNK, (void *)at))
 			break;
 		end = left < FRAGMENT_CHUNK ? left : FRAGMENT_CHUNK;
 		*filled += end;
@@ -150,6 +160,8 @@ static __always_inline void read_fragments(struct source *source, u8 *to, u32 si
 	}
 	if (*filled > size)
 		*filled = size;
+	if (*filled > len)
+		*filled = len;
 }
 
 static __always_inline void map_ipv4(__be64 *to, __be32 address)

@@ -248,13 +248,13 @@ static __always_inline void emit(struct transaction *slot, struct source *source
 	if (source && message->len > RESPONSE_SMALL) {
 		large = large_ring.ringbuf_reserve(sizeof(*large));
 		if (large) {
-			bpf_probe_read_kernel(&large->transaction, sizeof(*slot), slot);
+			read_kernel(&large->transaction, sizeof(*slot), slot);
 			large->transaction.response_len = message->len;
 			message->captured = source_read(source, message->offset, large->response,
 							RESPONSE_LARGE);
 			/* The message has been used by now: its numbers are at hand. */
-			read_fragments(source, large->response, RESPONSE_LARGE, &message->offset,
-				       &message->captured);
+			read_fragments(source, large->response, RESPONSE_LARGE, message->len,
+				       &message->offset, &message->captured);
 			large->transaction.response_captured = message->captured;
 			large_ring.ringbuf_submit(large, NO_WAKEUP);
 			count(COUNT_EMITTED);
@@ -263,7 +263,7 @@ static __always_inline void emit(struct transaction *slot, struct source *source
 	} else {
 		small = small_ring.ringbuf_reserve(sizeof(*small));
 		if (small) {
-			bpf_probe_read_kernel(&small->transaction, sizeof(*slot), slot);
+			read_kernel(&small->transaction, sizeof(*slot), slot);
 			small->transaction.response_captured = 0;
 			if (source) {
 				small->transaction.response_len = message->len;

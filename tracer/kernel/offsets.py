@@ -19,6 +19,7 @@ _NEEDED = {
     "OFFSET_sk_buff_end": ("sk_buff", "end"),
     "OFFSET_sk_buff_next": ("sk_buff", "next"),
     "OFFSET_skb_shared_info_frag_list": ("skb_shared_info", "frag_list"),
+    "OFFSET_skb_shared_info_nr_frags": ("skb_shared_info", "nr_frags"),
     "OFFSET_sk_buff_data": ("sk_buff", "data"),
     "OFFSET_sk_buff_transport_header": ("sk_buff", "transport_header"),
     "OFFSET_sk_buff_network_header": ("sk_buff", "network_header"),

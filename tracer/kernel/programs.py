@@ -30,18 +30,25 @@ _MARK_HOOK = 0x646E737472616303
 _MARK_VERDICT = 0x646E737472616304
 _MARK_SKB_ARGUMENT = 0x646E737472616305
 _MARK_READ_TASK = 0x646E737472616306
+_MARK_PULL = 0x646E737472616307
 
 _CGROUP_ALLOW = 1
 _TC_CONTINUE = 0xFFFFFFFF  # TCX_NEXT, and TC_ACT_UNSPEC for clsact: ask the next program
 
 
-def load_device_program(built: Object, kind: HopKind, netns: int, l2_len: int) -> int:
-    """A TC program for what enters (INGRESS) or leaves (EGRESS) the devices of a namespace."""
+def load_device_program(
+    built: Object, kind: HopKind, netns: int, l2_len: int, *, for_kprobes: bool = False
+) -> int:
+    """A TC program for what enters (INGRESS) or leaves (EGRESS) the devices of a namespace.
+
+    `for_kprobes`: it sees to it that kprobes can read the packet further on.
+    """
     constants = {
         _MARK_HOOK: int(kind),
         _MARK_VERDICT: _TC_CONTINUE,
         _MARK_L2_HLEN: l2_len,
         _MARK_NETNS: netns,
+        _MARK_PULL: int(for_kprobes),
     }
     code = built.linked("packet", constants)
     return bpf.program_load(ProgramType.SCHED_CLS, code, f"dnstrace_{kind.name.lower()}")
@@ -79,7 +86,8 @@ _PROBED = (
 def load_socket_program(built: Object, kind: HopKind) -> int:
     """A cgroup_skb program for what sockets send (SEND) or are given (RECEIVE).
 
-    Where the kernel has no helpers that tell such a program of the process, it reads the task.
+    Where the kernel has no helpers that tell such a program of the process (EINVAL), it reads the
+    task.
     """
     constants = {
         _MARK_HOOK: int(kind),
@@ -96,7 +104,7 @@ def load_socket_program(built: Object, kind: HopKind) -> int:
     try:
         return load(0)
     except bpf.BpfError as error:
-        if "unknown func" not in error.log:
+        if error.errno != errno.EINVAL:
             raise
     return load(1)
 

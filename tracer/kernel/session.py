@@ -127,10 +127,10 @@ class Session:
             Ring(built.map_fds["large_ring"], LARGE_RING_PAGES * page, LARGE_RECORD),
         )
         session = cls(built, Table(built.map_fds, limits.slots), rings)
-        if obstacle and hooks is None:
-            session.notes.append(f"{obstacle}: a receive is when a packet reaches the socket")
         try:
             session._attach(limits, hooks)
+            if obstacle and hooks is None and session.hooks:
+                session.notes.append(f"{obstacle}: a receive is when a packet reaches the socket")
             session.select(selection)
             session._set(paused=False)
         except BaseException:
@@ -265,7 +265,9 @@ class Session:
         loaded = self._device_programs.setdefault(key, {})
 
         def load(kind: HopKind) -> None:
-            loaded[kind] = programs.load_device_program(self.built, kind, *key)
+            loaded[kind] = programs.load_device_program(
+                self.built, kind, *key, for_kprobes=self.hooks == "kprobe"
+            )
 
         missing = {HopKind.INGRESS, HopKind.EGRESS} - loaded.keys()
         if missing:  # the verifier takes its time, so it looks at both at once
