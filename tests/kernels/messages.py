@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 import struct
+import subprocess
+import sys
 
 from tests.kernels import ask
-from tests.kernels.world import Case, Check, Seen, World
+from tests.kernels.world import Case, Check, NotOffered, Seen, World
 
 SERVICE = "10.96.0.10"
 
@@ -90,8 +92,37 @@ def malformed(world: World) -> Check:
     return check
 
 
+def in_pages(world: World) -> Check:
+    """A response of which the driver left only headers beside the packet's head, and one of two."""
+    small, large = "pages.example.com.", "more.pages.example.com."
+    told: dict[str, int] = {small: 5, large: 130}
+    world.lab.node_exec("node1", ["modprobe", "tun"])
+    for name, answers in told.items():
+        argv = [sys.executable, "-I", "-S", "-c", ask.CARD, "card0", str(answers)]
+        card = world.popen_on_node("node1", argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        assert card.stdout
+        assert card.stderr
+        try:
+            if not card.stdout.readline():
+                raise NotOffered(f"a tap: {card.stderr.read().decode().strip().splitlines()[-1]}")
+            world.dig("sre/web-0", "@10.9.9.2", "+bufsize=4096", name)
+        finally:
+            card.kill()
+            card.communicate()
+
+    def check(seen: Seen) -> None:
+        for name, answers in told.items():
+            (t,) = seen.named(name)
+            assert (t["status"], t["rcode"], t["problem"]) == ("answered", "NOERROR", None)
+            expected = [f"1.1.{i >> 8}.{i & 255}" for i in range(answers)]
+            assert [answer["data"] for answer in t["answers"]] == expected
+
+    return check
+
+
 CASES = [
     Case("4 KB answer in fragments", fragments),
+    Case("answers that a driver put into pages", in_pages),
     Case("truncated answer, then TCP (the UDP part)", truncated),
     Case("malformed packets between good ones", malformed),
 ]

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 import time
 from typing import TYPE_CHECKING
 
@@ -158,7 +159,11 @@ def node_local(world: World) -> Check:
         world.node("node1", "ip link set nodelocaldns up")
         for rule in rules:
             world.node("node1", f"iptables-nft -t raw -A {rule}")
-        server = world.popen_on_node("node1", [str(coredns_build.binary()), "-conf", str(corefile)])
+        server = world.popen_on_node(
+            "node1",
+            [str(coredns_build.binary()), "-conf", str(corefile)],
+            stdout=subprocess.DEVNULL,
+        )
         _wait_for(world, f"udp.*{NODE_LOCAL}:53")
         world.dig("sre/web-0", f"@{NODE_LOCAL}", name, name)
         tracked = world.node("node1", f"conntrack -L -p udp --dst {NODE_LOCAL}")

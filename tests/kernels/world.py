@@ -86,9 +86,9 @@ class World:
         assert process.returncode == 0
         return process.pid, said
 
-    def popen_on_node(self, node: str, argv: list[str]) -> subprocess.Popen[Any]:
-        """Starts a server on a node, in none of its pods."""
-        return subprocess.Popen([*enter_node(node), *argv], stdout=subprocess.DEVNULL)
+    def popen_on_node(self, node: str, argv: list[str], **options: Any) -> subprocess.Popen[Any]:
+        """Starts a server on a node, in none of its pods; the options are Popen's."""
+        return subprocess.Popen([*enter_node(node), *argv], **options)
 
     def cpus(self) -> set[int]:
         """The CPUs that processes may run on."""
