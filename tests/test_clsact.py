@@ -7,6 +7,7 @@ import os
 import socket
 import struct
 import subprocess
+import sys
 from typing import TYPE_CHECKING
 from unittest import mock
 
@@ -61,7 +62,7 @@ def test_attached_and_detached_leaves_no_qdisc(device: int, programs: dict[HopKi
     """The qdisc was made for the filters, so it goes with them."""
     made = clsact.attach(programs, device)
     assert made
-    assert [f"dnstrace-{os.getpid()}" in line for line in filters()] == [True, True]
+    assert [f"dnstrace-{clsact._token}" in line for line in filters()] == [True, True]
     clsact.detach(device, made=made)
     assert "clsact" not in run("tc qdisc show dev a0")
 
@@ -89,13 +90,13 @@ def test_foreign_filter_that_came_later_keeps_the_qdisc(
     assert "u32" in left
 
 
-def attach_as(pid: int, programs: dict[HopKind, int], ifindex: int) -> bool:
-    with mock.patch("os.getpid", return_value=pid):
+def attach_as(token: str, programs: dict[HopKind, int], ifindex: int) -> bool:
+    with mock.patch.object(clsact, "_token", token):
         return clsact.attach(programs, ifindex)
 
 
-def detach_as(pid: int, ifindex: int, *, made: bool) -> None:
-    with mock.patch("os.getpid", return_value=pid):
+def detach_as(token: str, ifindex: int, *, made: bool) -> None:
+    with mock.patch.object(clsact, "_token", token):
         clsact.detach(ifindex, made=made)
 
 
@@ -103,24 +104,11 @@ def test_what_a_killed_run_left_is_replaced_and_then_gone(
     device: int, programs: dict[HopKind, int]
 ) -> None:
     """The next start finds filters and qdisc of ours, and its end takes both away."""
-    with subprocess.Popen(["true"]) as killed:
-        killed.wait()
-    attach_as(killed.pid, programs, device)
+    attach_as("killed", programs, device)
+    clsact._claims._held.pop(("killed", netns.own()))[0].close()
     made = clsact.attach(programs, device)
     assert made
-    assert [f"dnstrace-{os.getpid()}" in line for line in filters()] == [True, True]
-    clsact.detach(device, made=made)
-    assert "clsact" not in run("tc qdisc show dev a0")
-
-
-def test_what_a_run_of_the_same_process_id_left_is_replaced(
-    device: int, programs: dict[HopKind, int]
-) -> None:
-    """As in a container, where the id is the same each time."""
-    clsact.attach(programs, device)
-    made = clsact.attach(programs, device)
-    assert made
-    assert len(filters()) == 2
+    assert [f"dnstrace-{clsact._token}" in line for line in filters()] == [True, True]
     clsact.detach(device, made=made)
     assert "clsact" not in run("tc qdisc show dev a0")
 
@@ -130,14 +118,31 @@ def test_two_live_runs_leave_each_others_filters_alone(
     device: int, programs: dict[HopKind, int], first_ends: bool
 ) -> None:
     """Whichever ends last takes the qdisc away."""
-    first, second = os.getppid(), os.getpid()
-    made = {first: attach_as(first, programs, device)}
-    made[second] = attach_as(second, programs, device)
+    made = {run: attach_as(run, programs, device) for run in ("first", "second")}
     assert len(filters()) == 4
-    early, late = (first, second) if first_ends else (second, first)
+    early, late = ("first", "second") if first_ends else ("second", "first")
     detach_as(early, device, made=made[early])
     assert [f"dnstrace-{late}" in line for line in filters()] == [True, True]
     detach_as(late, device, made=made[late])
+    assert "clsact" not in run("tc qdisc show dev a0")
+
+
+def test_a_run_in_another_pid_namespace_lives(device: int, programs: dict[HopKind, int]) -> None:
+    """What cannot be found in /proc is not dead for that."""
+    made = clsact.attach(programs, device)
+    other = (
+        "import socket; from unittest import mock; from tracer.kernel import bpf, clsact;"
+        "from tracer.record import HopKind; import struct;"
+        "code = struct.pack('<BBhi', 0xB7, 0, 0, -1) + struct.pack('<BBhi', 0x95, 0, 0, 0);"
+        "fd = bpf.program_load(bpf.ProgramType.SCHED_CLS, code, 'dnstrace_test');"
+        "index = socket.if_nametoindex('a0');"
+        "made = clsact.attach({HopKind.INGRESS: fd, HopKind.EGRESS: fd}, index);"
+        "clsact.detach(index, made=made)"
+    )
+    isolate = ["unshare", "--pid", "--fork", "--mount-proc"]
+    subprocess.run([*isolate, sys.executable, "-c", other], check=True)
+    assert [f"dnstrace-{clsact._token}" in line for line in filters()] == [True, True]
+    clsact.detach(device, made=made)
     assert "clsact" not in run("tc qdisc show dev a0")
 
 

@@ -127,6 +127,9 @@ def _trace_with(args: argparse.Namespace, compilation: Compilation | None) -> in
         say(str(error))
         return UNSUPPORTED
     try:
+        if session.hooks is None and (args.pid or args.comm or args.container):
+            say(f"--pid, --comm and --container need socket hooks: {'; '.join(session.notes)}")
+            return UNSUPPORTED
         for found in host.confinement():
             say(f"{found.what} ({found.fix})")
         for note in session.notes:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import shutil
+import signal
+import socket
 import sys
 import textwrap
 import time
@@ -20,13 +22,14 @@ from tracer.kernel.btf import VMLINUX, Btf, BtfError
 from tracer.kernel.compile import Compilation, CompileError
 from tracer.kernel.offsets import kernel_offsets
 from tracer.kernel.session import Limits, Selection, Session, Unsupported
-from tracer.selftest import ask_ourselves
+from tracer.selftest import EXPECTED, ask_ourselves
 from tracer.show.cells import duration, printable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from types import FrameType
 
-_OK, _UNSUPPORTED = 0, 3
+_OK, _FAILED, _UNSUPPORTED = 0, 1, 3
 State = Literal["ok", "note", "MISSING"]
 _STATE_WIDTH, _WHAT_WIDTH = 9, 20
 _WIDTH_MIN, _WIDTH_MAX = 60, 120
@@ -42,7 +45,24 @@ class Finding(NamedTuple):
 
 
 def main() -> int:
-    """Prints the table. 0: this host can be traced; 3: it cannot."""
+    """Prints the table. 0: this host can be traced; 3: it cannot; 1: it was interrupted."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _interrupt)
+    try:
+        return _report()
+    except _Interrupted:
+        return _FAILED
+
+
+class _Interrupted(Exception):
+    """By a signal; what is attached must go first."""
+
+
+def _interrupt(_number: int, _frame: FrameType | None) -> None:
+    raise _Interrupted
+
+
+def _report() -> int:
     able = True
     width = min(max(shutil.get_terminal_size().columns, _WIDTH_MIN), _WIDTH_MAX)
     _write(f"{'STATE':<{_STATE_WIDTH}}{'WHAT':<{_WHAT_WIDTH}}FOUND")
@@ -96,18 +116,24 @@ def examine() -> Iterator[Finding]:
     if "MISSING" in (types.state, privileges.state, lockdown.state):
         return
     compilation = Compilation.for_tracing(Limits().slots, kprobes=kprobes.available())
-    compiled = _compiler(compilation)
-    yield compiled
-    if compiled.state != "MISSING":
-        yield from _tracing(compilation)
+    try:
+        compiled = _compiler(compilation)
+        yield compiled
+        if compiled.state != "MISSING":
+            yield from _tracing(compilation)
+    finally:
+        compilation.abandon()
 
 
 def _privileges() -> Finding:
     missing = host.missing_capabilities()
-    without = f"without {', '.join(missing)}" if missing else "all that is needed"
+    if not missing:
+        return Finding("privileges", "ok", "all that is needed")
+    names = f"without {', '.join(missing)}"
     if not host.may_trace():
-        return Finding("privileges", "MISSING", without, "sudo dnstrace doctor")
-    return Finding("privileges", "note" if missing else "ok", without)
+        return Finding("privileges", "MISSING", names, "sudo dnstrace doctor")
+    without = "; ".join(f"without {name}: {host.CAPABILITIES[name].lost}" for name in missing)
+    return Finding("privileges", "note", without, f"give it {', '.join(missing)}")
 
 
 def _confinement() -> Iterator[Finding]:
@@ -199,7 +225,7 @@ def _tracing(compilation: Compilation) -> Iterator[Finding]:
         yield _attached(session, time.monotonic() - started)
         for note in session.notes:
             yield Finding("attaching", "note", note)
-        yield _self_test(session)
+        yield from _self_test(session)
     finally:
         session.close()
 
@@ -217,20 +243,30 @@ def _attached(session: Session, seconds: float) -> Finding:
     return Finding("attaching", "ok", detail)
 
 
-def _self_test(session: Session) -> Finding:
+def _self_test(session: Session) -> Iterator[Finding]:
     what = "a query of its own"
     if session.hooks is None:
-        return Finding(what, "note", "not tried: it would pass no device, and no socket is watched")
-    try:
-        seen = ask_ourselves(session)
-    except OSError as error:
-        return Finding(what, "note", f"could not be asked: {error}", "ip link set lo up")
-    if seen is None:
-        return Finding(
+        yield Finding(what, "note", "not tried: it would pass no device, and no socket is watched")
+        return
+    for family in (socket.AF_INET, socket.AF_INET6):
+        version = "IPv6" if family == socket.AF_INET6 else "IPv4"
+        try:
+            seen = ask_ourselves(session, family)
+        except OSError as error:
+            yield Finding(
+                what, "note", f"{version}: could not be asked: {error}", "ip link set lo up"
+            )
+            continue
+        hops = ", ".join(hop.name.lower() for hop in seen.hops) if seen else "nothing"
+        if seen and seen.hops == EXPECTED and seen.pid:
+            took = duration(seen.latency_ns)
+            yield Finding(what, "ok", f"{version}: seen at {hops}; answered in {took}")
+            continue
+        other = "tracepoint" if session.hooks == "kprobe" else "kprobe"
+        yield Finding(
             what,
             "MISSING",
-            f"was not seen, though {session.hooks} hooks are attached",
-            f"use --hooks {'tracepoint' if session.hooks == 'kprobe' else 'kprobe'}",
+            f"{version}: seen at {hops}, not at {', '.join(h.name.lower() for h in EXPECTED)}: "
+            f"{session.hooks} hooks are attached, but not all of them are run",
+            f"use --hooks {other}",
         )
-    hops = ", ".join(hop.name.lower() for hop in seen.hops)
-    return Finding(what, "ok", f"seen at {hops}; answered in {duration(seen.latency_ns)}")

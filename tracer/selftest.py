@@ -27,18 +27,22 @@ class Seen(NamedTuple):
 
     hops: list[HopKind]
     latency_ns: int
+    pid: int
 
 
-def ask_ourselves(session: Session) -> Seen | None:
+EXPECTED = [HopKind.SEND, HopKind.RECEIVE, HopKind.SEND, HopKind.RECEIVE]
+
+
+def ask_ourselves(session: Session, family: socket.AddressFamily) -> Seen | None:
     """Sends a query to a socket of ours, which answers. None: nothing was seen of it.
 
     The session traces only that from now on. Raises OSError where there is no loopback.
     """
     with (
-        socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as server,
-        socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client,
+        socket.socket(family, socket.SOCK_DGRAM) as server,
+        socket.socket(family, socket.SOCK_DGRAM) as client,
     ):
-        server.bind(("127.0.0.1", 0))
+        server.bind(("::1" if family == socket.AF_INET6 else "127.0.0.1", 0))
         for one in (server, client):
             one.settimeout(_WITHIN_S)
         session.select(Selection(ports=(server.getsockname()[1],)))
@@ -58,4 +62,4 @@ def ask_ourselves(session: Session) -> Seen | None:
 
 def _seen(record: np.void) -> Seen:
     hops = [HopKind(int(hop["kind"])) for hop in record["hops"][: record["nhops"]]]
-    return Seen(hops, int(record["end_ns"] - record["start_ns"]))
+    return Seen(hops, int(record["end_ns"] - record["start_ns"]), int(record["pid"]))

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.tracing import DNSTRACE, Trace, tracing
+from tests.tracing import DNSTRACE, Trace, our_links, tracing
 from tracer.kernel import kprobes, netns
 
 if TYPE_CHECKING:
@@ -118,6 +118,65 @@ def test_unprivileged() -> None:
     assert "CAP_BPF, CAP_PERFMON and CAP_NET_ADMIN" in refusal(nobody)
 
 
+def test_least_capabilities(tmp_path: Path) -> None:
+    """Those that the message names are enough for this network namespace."""
+    least = ["setpriv", "--bounding-set=-all,+bpf,+perfmon,+net_admin", "--inh-caps=-all"]
+    t, trace = traced([*least, *DNSTRACE], tmp_path)
+    assert t["client"]["pid"] == os.getpid()
+    assert "in 1 network namespace" in trace.stderr
+
+
+def test_hidden_kernel_symbols(tmp_path: Path) -> None:
+    """kernel.kptr_restrict and the like take only the names of functions that drop packets."""
+    symbols = "mount --bind /dev/null /proc/kallsyms"
+    t, _ = traced(
+        hidden(
+            symbols,
+            *DNSTRACE,
+        ),
+        tmp_path,
+        "--hooks",
+        "tracepoint",
+    )
+    assert t["client"]["pid"] == os.getpid()
+
+
+def test_doctor_tells_half_blind_hooks() -> None:
+    """A hook that is attached but never run, as where a function was inlined."""
+    half = """
+import sys
+from tracer.kernel import programs
+from tracer.record import HopKind
+programs._PROBED = (("ip_mc_output", *programs._PROBED[0][1:]), *programs._PROBED[1:])
+programs._CGROUP_ATTACH = {HopKind.RECEIVE: programs._CGROUP_ATTACH[HopKind.RECEIVE]}
+from tracer.cli import main
+sys.exit(main())
+"""
+    status, said = doctor([], [sys.executable, "-c", half])
+    assert status == 3
+    assert "IPv4: seen at receive, receive, not at send" in said
+
+
+def test_doctor_that_is_terminated_leaves_nothing() -> None:
+    """As by a supervisor's time-out, while everything is attached."""
+    with subprocess.Popen([*DNSTRACE, "doctor"], stdout=subprocess.PIPE, text=True) as asked:
+        assert asked.stdout
+        for line in asked.stdout:
+            if "attaching" in line:
+                break
+        asked.terminate()
+        asked.stdout.read()
+    assert asked.returncode in (0, 1)
+    assert our_links() == 0
+
+
+def test_filters_that_devices_alone_cannot_serve() -> None:
+    """Without socket hooks no process is known: said, not silently nothing."""
+    if HAVE_KPROBES:
+        pytest.skip("not offered by this kernel: it has kprobes, so sockets are always watched")
+    assert "need socket hooks" in refusal(hidden(NO_CGROUP2), "--comm", "dig")
+
+
 def test_no_kernel_types() -> None:
     """Without BTF nothing can be traced."""
     status, said = doctor(hidden(NO_BTF))
@@ -193,5 +252,5 @@ def test_in_a_container_of_its_own() -> None:
         cgroup.rmdir()
     assert "hostPID: true" in said
     assert "only the cgroups of this container are known" in said
-    assert "seen at send, receive, send, receive" in said
+    assert said.count("seen at send, receive, send, receive") == 2
     assert status == 0

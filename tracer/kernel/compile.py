@@ -9,6 +9,7 @@ these. Everything about the kernel's own structs comes from its BTF (see offsets
 
 from __future__ import annotations
 
+import ctypes
 import os
 import pickle
 import platform
@@ -37,6 +38,7 @@ _PAGE = os.sysconf("SC_PAGESIZE")
 SMALL_RING_PAGES = (8 << 20) // _PAGE
 LARGE_RING_PAGES = (2 << 20) // _PAGE
 _MAX_MAPS = 64
+_PR_SET_PDEATHSIG = 1
 _BCC_ARCH = {"x86_64": "x86", "aarch64": "arm64"}  # what BCC calls machines other than its own
 _INCLUDE = re.compile(r'^#include "(\w+\.h)"$', re.MULTILINE)
 
@@ -150,6 +152,8 @@ class Compilation:
         self._child = os.fork()
         if self._child == 0:
             self._channel.close()
+            # Nobody wants the result of a parent that was killed.
+            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
             _compile_in_child(theirs, sizes, more, target or Target(), kprobes=kprobes)
         theirs.close()
         self._result: Object | None = None

@@ -9,14 +9,23 @@ from typing import NamedTuple
 
 from tracer.kernel import netns
 
-# include/uapi/linux/capability.h
+
+class Capability(NamedTuple):
+    """Its number in include/uapi/linux/capability.h, and what cannot be done without it."""
+
+    bit: int
+    lost: str
+
+
 CAPABILITIES = {
-    "CAP_NET_ADMIN": 12,
-    "CAP_SYS_PTRACE": 19,
-    "CAP_SYS_ADMIN": 21,
-    "CAP_PERFMON": 38,
-    "CAP_BPF": 39,
-}
+    "CAP_NET_ADMIN": Capability(12, "neither devices nor cgroups can be attached to"),
+    "CAP_SYS_PTRACE": Capability(19, "network namespaces of other users' pods may not be found"),
+    "CAP_SYS_ADMIN": Capability(21, "other network namespaces cannot be entered, nor kprobes be "
+                                "had where kernel.perf_event_paranoid is above 2"),
+    "CAP_SYSLOG": Capability(34, "drops have no kernel symbol"),
+    "CAP_PERFMON": Capability(38, "no program may read kernel memory, unless CAP_SYS_ADMIN is there"),
+    "CAP_BPF": Capability(39, "no program may be loaded, unless CAP_SYS_ADMIN is there"),
+}  # fmt: skip
 # The first namespaces of the system have fixed inode numbers (include/uapi/linux/nsfs.h).
 _FIRST_CGROUP, _FIRST_PID = 0xEFFFFFFB, 0xEFFFFFFC
 _KTHREADD = 2  # in the first pid namespace, and the first network namespace
@@ -29,7 +38,7 @@ def missing_capabilities() -> list[str]:
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("CapEff:"):
             held = int(line.split()[1], 16)
-    return [name for name, bit in CAPABILITIES.items() if not held >> bit & 1]
+    return [name for name, known in CAPABILITIES.items() if not held >> known.bit & 1]
 
 
 def may_trace() -> bool:

@@ -103,7 +103,8 @@ class Session:
         limits = limits or Limits()
         if not host.may_trace():
             raise Unsupported(
-                "tracing needs root (or CAP_BPF, CAP_PERFMON and CAP_NET_ADMIN): run 'sudo dnstrace'"
+                "tracing needs root (or at least CAP_BPF, CAP_PERFMON and CAP_NET_ADMIN; "
+                "'dnstrace doctor' says what the others are for): run 'sudo dnstrace'"
             )
         if host.locked_down():
             raise Unsupported(
