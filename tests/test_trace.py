@@ -591,3 +591,16 @@ def test_devices_alone_are_traced_where_sockets_cannot_be_watched(
     assert t["status"] == "answered"
     assert {hop["kind"] for hop in t["hops"]} == {"ingress", "egress"}
     assert "sockets are not watched" in trace.stderr
+
+
+def test_no_alarm_is_pending_once_all_is_written(tmp_path: Path) -> None:
+    """On a slow machine, the one that guards against a stalled reader would kill a run that is over."""
+    last = (
+        "import atexit, signal, sys; from tracer.cli import main;"
+        "tell = lambda: print(signal.getitimer(signal.ITIMER_REAL), file=sys.stderr);"
+        "atexit.register(tell); sys.exit(main())"
+    )
+    command = [sys.executable, "-c", last]
+    with tracing("--no-kubernetes", tmp_path=tmp_path, command=command) as tracer:
+        trace = tracer.stop()
+    assert trace.stderr.splitlines()[-1] == "(0.0, 0.0)"

@@ -148,6 +148,7 @@ def _trace_with(args: argparse.Namespace, compilation: Compilation | None) -> in
         output.finish(session, trace.totals)
     finally:
         session.close()
+        stop.done()
     return OK
 
 

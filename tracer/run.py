@@ -106,6 +106,12 @@ class Stop:
         if self._duration_ns:
             self._end_s = time.monotonic() + self._duration_ns / 1e9
 
+    def done(self) -> None:
+        """All is written. No alarm may come while the interpreter ends: it would be killed by it."""
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGALRM):
+            signal.signal(number, signal.SIG_IGN)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
     def now(self) -> bool:
         """Whether to stop."""
         return self._requested or (self._end_s is not None and time.monotonic() >= self._end_s)

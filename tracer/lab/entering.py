@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from tracer.lab.topology import Pod
 
 HOLDER = "pause"
-START_TIMEOUT_S = 20.0
+START_TIMEOUT_S = 60.0
 _POLL_S = 0.002
 _LISTENING = ":0035 "
 
