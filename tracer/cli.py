@@ -127,8 +127,9 @@ def _trace_with(args: argparse.Namespace, compilation: Compilation | None) -> in
         say(str(error))
         return UNSUPPORTED
     try:
-        if session.hooks is None and (args.pid or args.comm or args.container):
-            say(f"--pid, --comm and --container need socket hooks: {'; '.join(session.notes)}")
+        if session.hooks is None and (args.pid or args.comm or args.container or args.slower):
+            what = "--pid, --comm, --container and --slower need socket hooks"
+            say(f"{what}: {'; '.join(session.notes)}")
             return UNSUPPORTED
         for found in host.confinement():
             say(f"{found.what} ({found.fix})")
@@ -236,7 +237,7 @@ def _unknown_pods(args: argparse.Namespace, identities: Identities) -> str | Non
         return None
     pods = identities.inventory.pods
     if not pods:
-        return "--namespace and --pod need to know the pods: give --pods FILE"
+        return "--namespace and --pod need to know the pods: give --pods FILE (see the README)"
     for namespace in args.namespace:
         known = sorted({pod.namespace for pod in pods})
         if namespace not in known:
@@ -283,6 +284,6 @@ def _armed(session: Session, args: argparse.Namespace) -> str:
     by = f" ({session.attached_by})" if session.attached_by else ""
     until = "" if args.duration else "; Ctrl-C ends"
     return (
-        f"tracing UDP port {ports} {sockets} {devices} devices{by} "
+        f"tracing UDP port {ports} {sockets} {devices} device{'s' if devices != 1 else ''}{by} "
         f"in {namespaces} network namespace{'s' if namespaces != 1 else ''}{until}"
     )

@@ -63,14 +63,17 @@ def _interrupt(_number: int, _frame: FrameType | None) -> None:
 
 
 def _report() -> int:
-    able = True
+    states: set[State] = set()
     width = min(max(shutil.get_terminal_size().columns, _WIDTH_MIN), _WIDTH_MAX)
     _write(f"{'STATE':<{_STATE_WIDTH}}{'WHAT':<{_WHAT_WIDTH}}FOUND")
     for finding in examine():
-        able = able and finding.state != "MISSING"
+        states.add(finding.state)
         _write(*_rows(finding, width))
-    _write("", f"This host {'can be traced.' if able else 'cannot be traced yet: see MISSING.'}")
-    return _OK if able else _UNSUPPORTED
+    if "MISSING" in states:
+        _write("", "This host cannot be traced yet: see MISSING.")
+        return _UNSUPPORTED
+    _write("", f"This host can be traced{', but for the notes' if 'note' in states else ''}.")
+    return _OK
 
 
 def _rows(finding: Finding, width: int) -> list[str]:
@@ -173,12 +176,12 @@ def _kprobes() -> Finding:
         return Finding("kprobes", "ok", "a receive is when the process takes the answer")
     fix = "echo 1 > /sys/kernel/debug/kprobes/enabled"
     if "disarmed" not in obstacle:
-        fix = "boot a kernel with CONFIG_KPROBE_EVENTS (any stock distribution kernel)"
+        fix = "none is needed; any stock distribution kernel has kprobes"
     return Finding(
         "kprobes",
         "note",
-        f"{obstacle}: sockets are watched by cgroup programs; a receive is when a packet reaches "
-        "the socket",
+        f"{obstacle}: cgroup programs watch the sockets instead; a receive is when a packet reaches "
+        "the socket, not when the process takes it",
         fix,
     )
 
@@ -194,7 +197,7 @@ def _cgroup() -> Finding:
         "cgroup v2",
         "note",
         f"not mounted: containers are told by network namespace only{instead}",
-        "mkdir -p /sys/fs/cgroup/unified && mount -t cgroup2 none /sys/fs/cgroup/unified",
+        netns.cgroup2_fix(),
     )
 
 
@@ -224,7 +227,8 @@ def _tracing(compilation: Compilation) -> Iterator[Finding]:
     try:
         yield _attached(session, time.monotonic() - started)
         for note in session.notes:
-            yield Finding("attaching", "note", note)
+            if note.partition(":")[0] != kprobes.obstacle():  # which has its own row
+                yield Finding("attaching", "note", note)
         yield from _self_test(session)
     finally:
         session.close()
@@ -237,6 +241,8 @@ def _attached(session: Session, seconds: float) -> Finding:
         f"sockets by {session.hooks or 'no'} hooks; devices{by}: {devices.count()}, network "
         f"namespaces: {len(devices.namespaces())}; armed in {seconds:.1f} s"
     )
+    if session.hooks is None or devices.count() == 0:
+        return Finding("attaching", "note", detail)
     if devices.failures:
         failed = f"; {devices.failures} devices failed ({devices.last_failure})"
         return Finding("attaching", "note", detail + failed)
@@ -246,16 +252,15 @@ def _attached(session: Session, seconds: float) -> Finding:
 def _self_test(session: Session) -> Iterator[Finding]:
     what = "a query of its own"
     if session.hooks is None:
-        yield Finding(what, "note", "not tried: it would pass no device, and no socket is watched")
+        yield Finding(what, "note", "not tried: no socket is watched")
         return
     for family in (socket.AF_INET, socket.AF_INET6):
         version = "IPv6" if family == socket.AF_INET6 else "IPv4"
         try:
             seen = ask_ourselves(session, family)
         except OSError as error:
-            yield Finding(
-                what, "note", f"{version}: could not be asked: {error}", "ip link set lo up"
-            )
+            why = f"{version}: could not be asked over the loopback: {error.strerror or error}"
+            yield Finding(what, "note", why, "ip link set lo up")
             continue
         hops = ", ".join(hop.name.lower() for hop in seen.hops) if seen else "nothing"
         if seen and seen.hops == EXPECTED and seen.pid:

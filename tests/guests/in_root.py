@@ -84,7 +84,7 @@ def doctor(root: Path) -> float:
     """Seconds that the programs took to compile, as `dnstrace doctor` says. Raises Wrong."""
     said = _said([*dnstrace_in_root(root), "doctor"])
     found = re.search(r"programs compile in ([\d.]+) s", said)
-    if not found or "This host can be traced." not in said:
+    if not found or "This host can be traced" not in said:
         raise Wrong(f"the doctor says:\n{said}")
     return float(found[1])
 

@@ -102,6 +102,15 @@ def cgroup2_root() -> Path | None:
     return part
 
 
+def cgroup2_fix() -> str:
+    """The commands that mount the cgroup v2 tree here, where it is not."""
+    # Beside v1 hierarchies, the directory is a tmpfs; else it is sysfs's own mount point.
+    at = Path("/sys/fs/cgroup")
+    if not os.path.ismount(at):
+        return f"mount -t cgroup2 none {at}"
+    return f"mkdir -p {at}/unified && mount -t cgroup2 none {at}/unified"
+
+
 def whole_cgroup2(path: Path) -> bool:
     """Whether a cgroup is the root of all, rather than that of a cgroup namespace."""
     try:

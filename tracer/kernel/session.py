@@ -300,10 +300,7 @@ class _NoCgroup(Exception):
 def _cgroup_root() -> Path:
     root = netns.cgroup2_root()
     if root is None:
-        raise _NoCgroup(
-            "no cgroup v2 tree is mounted; mount one: "
-            "mkdir -p /sys/fs/cgroup/unified && mount -t cgroup2 none /sys/fs/cgroup/unified"
-        )
+        raise _NoCgroup(f"no cgroup v2 tree is mounted (to mount it: {netns.cgroup2_fix()})")
     return root
 
 

@@ -50,7 +50,7 @@ class Histogram:
 
     def __init__(self) -> None:
         self.count = 0
-        self.max_ns = 0
+        self.min_ns = self.max_ns = 0
         self._buckets: Counter[int] = Counter()
 
     def add(self, ns: int) -> None:
@@ -58,8 +58,9 @@ class Histogram:
         ns = max(ns, 0)
         shift = max(0, ns.bit_length() - _SUB_BITS - 1)
         self._buckets[(shift << _SUB_BITS) + (ns >> shift)] += 1
-        self.count += 1
+        self.min_ns = min(self.min_ns, ns) if self.count else ns
         self.max_ns = max(self.max_ns, ns)
+        self.count += 1
 
     def percentile(self, percent: float) -> int | None:
         """What this share of the durations is not longer than; None of none."""
@@ -67,7 +68,7 @@ class Histogram:
         for bucket in sorted(self._buckets):
             left -= self._buckets[bucket]
             if left <= 0:
-                return min(_middle_ns(bucket), self.max_ns)
+                return max(self.min_ns, min(_middle_ns(bucket), self.max_ns))
         return None
 
 
