@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING
 from tests.guests.other_bcc import ROOTS, SUITES
 from tests.guests.table import Outcome, Table, readme_with, recorded, rows_of
 from tracer.kernel import kprobes
+from tracer.lab import coredns_build
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -86,6 +87,7 @@ def main() -> int:
     guests = [Kernel(fetched("fetch-kernel", series).strip(), series) for series in args.series]
     for suite in SUITES:
         fetched("fetch-root", suite, str(ROOTS / suite))
+    coredns_build.binary()  # a guest has no network to build it with
     # Once here, rather than at every start in a guest.
     for package in ("tracer", "tests"):
         compileall.compile_dir(PROJECT / package, quiet=1)

@@ -11,6 +11,7 @@ from tests.kernels import ask
 from tests.kernels.world import Case, Check, NotOffered, Seen, World
 
 SERVICE = "10.96.0.10"
+NEW_DEVICE = "pages.example.com."  # of the names that are asked for by way of a device just made
 
 
 def fragments(world: World) -> Check:
@@ -43,7 +44,7 @@ def truncated(world: World) -> Check:
 
 def malformed_packets() -> dict[int, bytes]:
     """DNS packets that strangers might send, by the id that each has; below 9000: no id fits."""
-    question = b"\3www\7example\3com\0\0\1\0\1"
+    question = b"\3bad\7example\3com\0\0\1\0\1"
 
     def header(number: int, questions: int = 1) -> bytes:
         return struct.pack("!6H", number, 0x100, questions, 0, 0, 0)
@@ -83,7 +84,7 @@ def malformed(world: World) -> Check:
             assert told[number]["problem"]
         for number, packet in packets.items():
             if number > 9100:
-                assert told[number]["name"] == "www.example.com.", len(packet)
+                assert told[number]["name"] == "bad.example.com.", len(packet)
         assert told[9009]["name"].isprintable()
         assert 9010 not in told
         # What is no DNS at all is counted at each socket that sent or got it.

@@ -11,6 +11,7 @@ import errno
 import math
 import os
 import select
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -22,7 +23,6 @@ from typing import TYPE_CHECKING
 from tracer.kernel import netns, rcu, rtnetlink
 
 if TYPE_CHECKING:
-    import socket
     from collections.abc import Mapping
 
     from tracer.kernel.rtnetlink import Link
@@ -263,7 +263,7 @@ class Devices:
         try:
             namespace.attached[device.ifindex] = self._attach(device)
         except OSError as error:
-            if error.errno == errno.ENODEV:
+            if error.errno == errno.ENODEV or not _exists(device.ifindex):
                 return False
             namespace.attached[device.ifindex] = None
             self._fail(f"{device.name}: {error.strerror}")
@@ -287,6 +287,15 @@ class Devices:
             self._namespaces.pop(namespace.inode, None)
             if self._forget:
                 self._forget(namespace.inode)
+
+
+def _exists(ifindex: int) -> bool:
+    """Whether this thread's namespace has the device; attaching may fail in many ways if not."""
+    try:
+        socket.if_indextoname(ifindex)
+    except OSError:
+        return False
+    return True
 
 
 def _l2_len(link: Link) -> int | None:
