@@ -38,8 +38,13 @@ def attach(programs: Mapping[HopKind, int], ifindex: int) -> bool:
     """
     _claims.take()
     try:
-        with _route() as route:
-            return _attach(route, programs, ifindex)
+        try:
+            with _route() as route:
+                return _attach(route, programs, ifindex)
+        except OSError:
+            # Another run may have made the qdisc, or taken it away, at the same moment.
+            with _route() as route:
+                return _attach(route, programs, ifindex)
     except BaseException:
         _claims.give_up()
         raise
