@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.namespaces import new_namespace
 from tracer.kernel import netns
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 SHOW = """
 from tracer import doctor
+from tests.namespaces import new_namespace
 from tracer.kernel import netns
 print(netns.cgroup2_root())
 print(doctor._cgroup()[1:3])
@@ -68,3 +70,14 @@ def test_root_of_a_container_is_found_and_noted(
     shown = subprocess.check_output(command, cwd=project, text=True).splitlines()
     note = f"{tmp_path}: only the cgroups of this container are known"
     assert shown == [str(tmp_path), str(("note", note))]
+
+
+def test_block_that_moves_on_comes_back() -> None:
+    """Also where it began in the namespace that the thread was in already."""
+    home = netns.own()
+    fd = os.open("/proc/thread-self/ns/net", os.O_RDONLY)
+    with netns.entered(fd), new_namespace() as other:
+        netns._setns(other)
+        assert netns.own() != home
+    os.close(fd)
+    assert netns.own() == home

@@ -57,6 +57,7 @@ MAY_LACK = {
     "dropped by a rule: the kernel's reason": ("5.10.",),
     "devices by TCX": ("5.10.", "6.1."),
     "nothing left after kill -9 and a next start": ("6.12.", "7."),
+    "filters by process where devices alone are watched: refused": ("7.",),
 }
 
 

@@ -30,6 +30,13 @@ _TITLES = {
     "test_missing_symbol": "a function that cannot be probed: the other hooks",
     "test_kprobes_disarmed": "kprobes disarmed: the other hooks",
     "test_in_a_container_of_its_own": "in a container: said",
+    "test_least_capabilities": "with three capabilities: traced",
+    "test_hidden_kernel_symbols": "with hidden kernel symbols: traced",
+    "test_doctor_tells_half_blind_hooks": "a hook that never runs: the doctor finds it",
+    "test_doctor_that_is_terminated_leaves_nothing": "the doctor, terminated: nothing left",
+    "test_filters_that_devices_alone_cannot_serve": (
+        "filters by process where devices alone are watched: refused"
+    ),
     "test_lockdown_confidentiality": "lockdown: said",
     "test_packets": "packets put into the programs",
     "test_real_packets": "large packets, fragments, conntrack's NAT",

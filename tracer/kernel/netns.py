@@ -55,22 +55,24 @@ def open_namespace(inode: int, path: str) -> int | None:
 
 @contextmanager
 def entered(fd: int) -> Iterator[None]:
-    """Runs the block in another network namespace; only this thread is moved.
+    """Runs the block in another network namespace; only this thread is moved, and moved back.
 
     To be where one is already takes no privilege.
     """
-    if os.fstat(fd).st_ino == own():
-        yield
-        return
     home = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
     try:
-        _setns(fd)
+        _move(fd)
         try:
             yield
         finally:
-            _setns(home)
+            _move(home)
     finally:
         os.close(home)
+
+
+def _move(fd: int) -> None:
+    if os.fstat(fd).st_ino != own():
+        _setns(fd)
 
 
 def _setns(fd: int) -> None:
