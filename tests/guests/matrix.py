@@ -70,6 +70,7 @@ class Kernel:
     outcomes: dict[tuple[str, str], Outcome] = field(default_factory=dict)
     measured: dict[str, str] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
+    at_first: list[str] = field(default_factory=list)  # of a first run, where there was a second
     seconds: float = 0.0
 
     @property
@@ -93,15 +94,16 @@ def main() -> int:
     for package in ("tracer", "tests"):
         compileall.compile_dir(PROJECT / package, quiet=1)
     began = time.monotonic()
+    plan = [(kernel, "tests", [*TESTS, LAST]) for kernel in guests[:-1]]
+    plan.append((guests[-1], "tests", [*TESTS, DEGRADE, LAST]))
+    plan.append((guests[-1], "bcc", [OTHER_BCC, "-k", SUITES[-1]]))
     with ThreadPoolExecutor(AT_A_TIME) as pool:
-        jobs = []
-        for kernel in guests:
-            more = (DEGRADE,) if kernel is guests[-1] else ()
-            jobs.append(pool.submit(in_guest, kernel, "tests", *TESTS, *more, LAST))
-        newest = [OTHER_BCC, "-k", SUITES[-1]]
-        jobs.append(pool.submit(in_guest, guests[-1], "bcc", *newest))
-        for job in jobs:
-            job.result()
+        list(pool.map(lambda job: in_guest(job[0], job[1], *job[2]), plan))
+    # Emulated CPUs can be too slow for a time-out. What fails twice fails; what does once is told.
+    for kernel in [kernel for kernel in guests if kernel.problems]:
+        kernel.at_first, kernel.problems = kernel.problems, []
+        for _, what, tests in (job for job in plan if job[0] is kernel):
+            in_guest(kernel, what, *tests)
     print(f"guests: {time.monotonic() - began:.0f} s", flush=True)
     own = Kernel(platform.release(), None)
     natively = pytest_command(own, "tests", *TESTS, DEGRADE, OTHER_BCC)
@@ -118,6 +120,8 @@ def report(kernels: list[Kernel], *, readme: bool) -> int:
     for kernel in kernels:
         said = "; ".join(kernel.problems) or "all passed"
         print(f"{kernel.version}: {said} ({kernel.seconds:.0f} s; build/kernels/{kernel.version})")
+        for problem in kernel.at_first:
+            print(f"    at first: {problem}")
         for name, value in kernel.measured.items():
             print(f"    {name}: {value}")
     if readme:
