@@ -74,4 +74,4 @@ def test_readme_has_every_case_as_passed(project: Path) -> None:
             series = next(s for s in KERNELS if f"{kernel}.".startswith(s))
             lacking = series in MAY_LACK.get(case.title, ())
             assert cell == ("- -" if lacking else "yes yes"), (case.title, kernel)
-    assert "NO" not in page
+    assert not any("NO" in cell.split() for cells in rows.values() for cell in cells)
