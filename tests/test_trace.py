@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.kernels.clients import QUESTIONS
 from tests.kernels.test_degrade import NO_CGROUP2, hidden
 from tests.tracing import (
     DNSTRACE,
@@ -33,17 +34,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 pytestmark = pytest.mark.usefixtures("root")
-
-QUESTIONS = [
-    ("www.example.com", "A"), ("www.example.com", "AAAA"), ("web.sre.svc.cluster.local", "A"),
-    ("kubernetes.default.svc.cluster.local", "A"), ("nothing.sre.svc.cluster.local", "A"),
-    ("10.0.96.10.in-addr.arpa", "PTR"), ("example.com", "SOA"), ("example.com", "NS"),
-    ("big.example.com", "TXT"), ("servfail.example.com", "A"), ("refused.example.com", "A"),
-    ("alias.example.com", "A"), ("WwW.eXaMpLe.CoM", "A"), ("li-rui.top", "A"),
-    ("www.li-rui.top", "A"), ("ycwu314.top", "A"), ("x.bench.example.com", "A"),
-    ("y.bench.example.com", "TYPE65280"), ("example.com", "HTTPS"), ("_dns._udp.example.com", "SRV"),
-    ("nowhere.invalid", "A"), ("slow.example.com", "A"), ("www.example.com", "TXT"),
-]  # fmt: skip
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 SERVICE = "10.96.0.10"
-OUTSIDE = "172.18.0.53"
 
 QUESTIONS = [
     ("www.example.com", "A"), ("www.example.com", "AAAA"), ("web.sre.svc.cluster.local", "A"),

@@ -8,9 +8,9 @@ import subprocess
 import sys
 
 from tests.kernels import ask
+from tests.kernels.clients import SERVICE
 from tests.kernels.world import Case, Check, NotOffered, Seen, World
 
-SERVICE = "10.96.0.10"
 NEW_DEVICE = "pages.example.com."  # of the names that are asked for by way of a device just made
 
 

@@ -9,7 +9,7 @@ import time
 from typing import TYPE_CHECKING
 
 from tests.kernels import ask
-from tests.kernels.clients import answered_by
+from tests.kernels.clients import SERVICE, answered_by
 from tests.kernels.world import Case, Check, NotOffered, Seen, World
 from tests.tracing import conntrack_backends
 from tracer.lab import coredns_build
@@ -17,7 +17,6 @@ from tracer.lab import coredns_build
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-SERVICE = "10.96.0.10"
 NFTABLES_SERVICE = "10.96.0.20"
 IPVS_SERVICE = "10.96.0.21"
 NODE_LOCAL = "169.254.20.10"
