@@ -4,18 +4,26 @@
  * then parses, then touches the table. They only watch: no verdict of theirs
  * ever changes what happens to a packet.
  *
- * Hooks             kprobe set                    tracepoint set
+ * Hooks (UDP)       kprobe set                    tracepoint set
  * socket send       kprobe ip_send_skb, ip6_…     cgroup_skb egress at the root
  * socket receive    kprobe skb_consume_udp        cgroup_skb ingress at the root
  * device            TC ingress and egress         the same
  * drop              raw tracepoint kfree_skb      the same
+ *
+ * Whom sockets are told to send to comes from cgroup_sock_addr programs, which
+ * matter only where others balance services at the socket.
+ *
+ * TCP is watched by the tracepoint set's hooks in both: where the kernel sends
+ * and takes segments, functions see neither packets nor who they belong to.
  */
 #include "record.h"
 #include "maps.h"
 #include "packet.h"
 #include "marks.h"
 #include "transactions.h"
+#include "latency.h"
 #include "follow.h"
+#include "segments.h"
 
 static __always_inline u32 netns_of_sock(u64 sk)
 {
@@ -27,12 +35,12 @@ static __always_inline u32 netns_of_sock(u64 sk)
 	return inum;
 }
 
-static __always_inline u32 netns_of_skb_sock(u64 skb)
+static __always_inline u64 sock_of_skb(u64 skb)
 {
 	u64 sk = 0;
 
 	READ_FIELD(sk, skb, OFFSET_sk_buff_sk);
-	return sk ? netns_of_sock(sk) : 0;
+	return sk;
 }
 
 /* False: certainly not DNS. Decided on the packet as it lies, where it is linear. */
@@ -48,7 +56,7 @@ static __always_inline bool maybe_dns(struct __sk_buff *skb, u32 l3, u16 protoco
 			return device;
 		if (ip[9] == PROTO_ICMP)
 			return device && ip[20] == ICMP_DEST_UNREACH && ip[21] != ICMP_FRAG_NEEDED;
-		if (ip[9] != PROTO_UDP)
+		if (ip[9] != PROTO_UDP && ip[9] != PROTO_TCP)
 			return false;
 		if (ip[0] != 0x45)
 			return true;
@@ -57,11 +65,9 @@ static __always_inline bool maybe_dns(struct __sk_buff *skb, u32 l3, u16 protoco
 	} else if (protocol == bpf_htons(ETHERTYPE_IPV6)) {
 		if (ip + 48 > end)
 			return true;
-		if (ip[6] == PROTO_TCP)
-			return false;
 		if (ip[6] == PROTO_ICMPV6)
 			return device && ip[40] == ICMPV6_DEST_UNREACH;
-		if (ip[6] != PROTO_UDP)
+		if (ip[6] != PROTO_UDP && ip[6] != PROTO_TCP)
 			return true;
 		from = *(u16 *)(ip + 40);
 		to = *(u16 *)(ip + 42);
@@ -129,15 +135,22 @@ int packet(struct __sk_buff *skb)
 		return patched(MARK_VERDICT);
 	message = &scratch->message;
 	parsed = parse(&source, scratch, message, device);
-	if (parsed == IS_DNS && (device || !message->unreachable)) {
+	if (parsed == IS_DNS || parsed == IS_SEGMENT) {
 		place.t_ns = bpf_ktime_get_ns();
 		if (device) {
 			place.ifindex = skb->ifindex;
 			place.netns = patched(MARK_NETNS);
-		} else if (hook == HOP_SEND || message->direction == QUERY) {
-			place.netns = netns_of_skb_sock((u64)skb);
+		} else if (hook == HOP_SEND || message->direction == QUERY ||
+			   parsed == IS_SEGMENT) {
+			place.socket = sock_of_skb((u64)skb);
+			place.netns = netns_of_sock(place.socket);
 		}
-		seen(&source, (u64)skb, message, &place);
+		if (!device && message->unreachable)
+			;
+		else if (parsed == IS_SEGMENT)
+			segment_seen(&source, (u64)skb, scratch, message, &place);
+		else if (patched(MARK_UDP))
+			seen(&source, (u64)skb, scratch, &place);
 	} else if (parsed == UNDECODABLE && !device) {
 		count(COUNT_UNDECODABLE);
 	}
@@ -146,6 +159,35 @@ int packet(struct __sk_buff *skb)
 		pull(skb);
 	return patched(MARK_VERDICT);
 }
+
+#ifdef OFFSET_sock_cookie
+/* cgroup_sock_addr: connect and sendmsg, before they look at the address. */
+int socket_address(struct bpf_sock_addr *context)
+{
+	__be16 port = context->user_port;
+	struct meant meant = {};
+	u64 cookie;
+
+	if (!is_dns_port(port))
+		return 1;
+	if (patched(MARK_FAMILY) == 4) {
+		map_ipv4(meant.addr, context->user_ip4);
+	} else {
+		u32 *words = (u32 *)meant.addr;
+
+		words[0] = context->user_ip6[0];
+		words[1] = context->user_ip6[1];
+		words[2] = context->user_ip6[2];
+		words[3] = context->user_ip6[3];
+	}
+	meant.port = port;
+	if (!patched(MARK_CONNECTS))
+		meant.task = bpf_get_current_task();
+	cookie = bpf_get_socket_cookie(context);
+	meant_by_socket.update(&cookie, &meant);
+	return 1;
+}
+#endif
 
 /*
  * Opens a packet that a hook shows as the kernel's own struct sk_buff. False: its
@@ -208,11 +250,9 @@ int kprobe_packet(void *ctx)
 	parsed = parse(&source, scratch, &scratch->message, false);
 	if (parsed == IS_DNS && !scratch->message.unreachable) {
 		place.t_ns = bpf_ktime_get_ns();
-		if (hook == HOP_RECEIVE)
-			place.netns = netns_of_sock(argument_0);
-		else
-			place.netns = netns_of_skb_sock(skb);
-		seen(&source, skb, &scratch->message, &place);
+		place.socket = hook == HOP_RECEIVE ? argument_0 : sock_of_skb(skb);
+		place.netns = netns_of_sock(place.socket);
+		seen(&source, skb, scratch, &place);
 	} else if (parsed == UNDECODABLE) {
 		count(COUNT_UNDECODABLE);
 	}
@@ -229,13 +269,15 @@ int packet_dropped(struct bpf_raw_tracepoint_args *ctx)
 	struct source source = {};
 	struct scratch *scratch;
 	u32 ifindex = 0, netns = 0;
+	enum parsed parsed;
 
 	if (!open_skb(skb, &source))
 		return 0;
 	scratch = scratch_acquire();
 	if (!scratch)
 		return 0;
-	if (parse(&source, scratch, &scratch->message, false) != IS_DNS) {
+	parsed = parse(&source, scratch, &scratch->message, false);
+	if (parsed != IS_DNS && parsed != IS_SEGMENT) {
 		scratch_release(scratch);
 		return 0;
 	}
@@ -250,7 +292,10 @@ int packet_dropped(struct bpf_raw_tracepoint_args *ctx)
 	READ_FIELD(netns, net, OFFSET_net_inum);
 	place.ifindex = ifindex;
 	place.netns = netns;
-	seen(&source, skb, &scratch->message, &place);
+	if (parsed == IS_SEGMENT)
+		segment_seen(&source, skb, scratch, &scratch->message, &place);
+	else
+		seen(&source, skb, scratch, &place);
 	scratch_release(scratch);
 	return 0;
 }

@@ -64,7 +64,7 @@ static __always_inline void copy_tuple_address(__be64 *to, const __be32 *from, u
  * The flow as its client addressed it: conntrack's ORIGINAL tuple. False where
  * the packet has no conntrack entry, so that its own addresses are the truth.
  */
-static __always_inline bool original_flow(u64 skb, u8 family, struct flow *flow)
+static __always_inline bool original_flow(u64 skb, u8 family, u8 protocol, struct flow *flow)
 {
 #ifdef OFFSET_sk_buff_nfct
 	struct conntrack_tuple tuple;
@@ -76,7 +76,7 @@ static __always_inline bool original_flow(u64 skb, u8 family, struct flow *flow)
 		return false;
 	if (READ_FIELD(tuple, nfct, OFFSET_nf_conn_original))
 		return false;
-	if (tuple.protonum != PROTO_UDP)
+	if (tuple.protonum != protocol)
 		return false;
 	copy_tuple_address(flow->client_addr, tuple.src_addr, family);
 	copy_tuple_address(flow->server_addr, tuple.dst_addr, family);
@@ -89,24 +89,60 @@ static __always_inline bool original_flow(u64 skb, u8 family, struct flow *flow)
 #endif
 }
 
+/*
+ * Whether a query is let in. Who is not known yet is: a pod's first query comes
+ * before user space has heard of the pod, and is judged there.
+ */
 static __always_inline bool is_wanted(struct sender *sender)
 {
 	u32 zero = 0;
 	struct settings *set = settings.lookup(&zero);
+	u8 *verdict, by_netns, by_cgroup;
 
 	if (!set)
 		return false;
-	if (!(set->wanted & (WANT_CGROUP | WANT_NETNS | WANT_PID)))
+	if (!(set->wanted & (WANT_PODS | WANT_PID)) || serving_cgroups.lookup(&sender->cgroup_id))
 		return true;
 	if (set->wanted & WANT_PID && set->pid != sender->pid)
 		return false;
-	if (!(set->wanted & (WANT_CGROUP | WANT_NETNS)))
+	if (!(set->wanted & WANT_PODS))
 		return true;
-	if (set->wanted & WANT_NETNS && wanted_netns.lookup(&sender->netns))
+	verdict = netns_verdicts.lookup(&sender->netns);
+	by_netns = verdict ? *verdict : VERDICT_UNKNOWN;
+	if (by_netns == VERDICT_WANTED)
 		return true;
-	if (set->wanted & WANT_CGROUP)
-		return wanted_cgroups.lookup(&sender->cgroup_id);
+	verdict = cgroup_verdicts.lookup(&sender->cgroup_id);
+	by_cgroup = verdict ? *verdict : VERDICT_UNKNOWN;
+	if (by_cgroup != VERDICT_UNKNOWN)
+		return by_cgroup == VERDICT_WANTED;
+	return by_netns == VERDICT_UNKNOWN;
+}
+
+/*
+ * Puts the address that a socket was told to send to into the flow, where it is
+ * another than its packets have, which no NAT explains. Whether it did.
+ */
+static __always_inline bool meant_flow(u64 socket, struct flow *flow)
+{
+#ifdef OFFSET_sock_cookie
+	struct meant *meant;
+	u64 cookie = 0;
+
+	READ_FIELD(cookie, socket, OFFSET_sock_cookie);
+	if (!cookie)
+		return false;
+	meant = meant_by_socket.lookup(&cookie);
+	if (!meant || (meant->task && meant->task != bpf_get_current_task()))
+		return false;
+	if (meant->port == flow->server_port && same_address(meant->addr, flow->server_addr))
+		return false;
+	flow->server_port = meant->port;
+	flow->server_addr[0] = meant->addr[0];
+	flow->server_addr[1] = meant->addr[1];
+	return true;
+#else
 	return false;
+#endif
 }
 
 static __always_inline bool is_paused(void)
@@ -126,6 +162,16 @@ static __always_inline bool is_unfiltered(void)
 	return set && (!set->wanted || set->wanted & WANT_SERVER_SIDE);
 }
 
+/* A process of that cgroup is asked. What it asks then may be because of it, so it is let in. */
+static __always_inline void serves(u64 cgroup_id)
+{
+	u8 yes = 1;
+
+	/* Number 1 is the root, where everybody is on hosts with cgroup v1 alone. */
+	if (cgroup_id > 1 && !serving_cgroups.lookup(&cgroup_id))
+		serving_cgroups.update(&cgroup_id, &yes);
+}
+
 /*
  * Whether a response that passes here has gone back all the way that we saw the
  * query come. An ICMP error has when it names the flow as the client knows it:
@@ -142,7 +188,7 @@ static __always_inline bool is_last_hop(struct transaction *slot, struct message
 		return place->kind == HOP_EGRESS && same_flow(&slot->flows[0], &message->flow);
 	/* A client does not take an answer from somebody whom it did not ask. */
 	if (place->kind == HOP_RECEIVE)
-		return first->kind != HOP_SEND ||
+		return first->kind != HOP_SEND || slot->balanced ||
 		       (slot->flows[0].server_port == message->flow.server_port &&
 			same_address(slot->flows[0].server_addr, message->flow.server_addr));
 	switch (first->kind) {
@@ -183,9 +229,10 @@ static __always_inline bool is_again(struct transaction *slot, struct message *m
  * transaction begun. One flow of control, so that the compiler sees each of the
  * large steps once.
  */
-static __always_inline void seen(struct source *source, u64 skb, struct message *message,
+static __always_inline void seen(struct source *source, u64 skb, struct scratch *scratch,
 				 struct place *place)
 {
+	struct message *message = &scratch->message;
 	bool sent = place->kind == HOP_SEND && message->direction == QUERY;
 	bool refused = message->unreachable;
 	struct flow asked = message->flow;
@@ -193,7 +240,7 @@ static __always_inline void seen(struct source *source, u64 skb, struct message 
 	struct transaction *slot;
 	u32 variant = 0, number;
 	u8 attempt = 1, status = refused ? STATUS_REFUSED : STATUS_ANSWERED;
-	bool several, original = false;
+	bool several, original = false, kept = true;
 
 	message->found.number = NO_SLOT;
 	if (sent) {
@@ -206,14 +253,15 @@ static __always_inline void seen(struct source *source, u64 skb, struct message 
 			return;
 		}
 		process_name(sender.comm);
-		original_flow(skb, message->family, &asked);
+		original_flow(skb, message->family, PROTO_UDP, &asked);
+		sender.balanced = meant_flow(place->socket, &asked);
 	} else {
 		several = variants_lately(place->t_ns);
 		original = several && message->direction == QUERY &&
-			   original_flow(skb, message->family, &asked);
+			   original_flow(skb, message->family, PROTO_UDP, &asked);
 		find_slot(message, &asked, several);
 		if (message->found.number == NO_SLOT && !original && message->direction == QUERY &&
-		    original_flow(skb, message->family, &asked))
+		    original_flow(skb, message->family, PROTO_UDP, &asked))
 			find_slot(message, &asked, several);
 	}
 	number = message->found.number;
@@ -222,13 +270,15 @@ static __always_inline void seen(struct source *source, u64 skb, struct message 
 		slot = NULL;
 		message->found.number = NO_SLOT;
 		if (!original)
-			original_flow(skb, message->family, &asked);
+			original_flow(skb, message->family, PROTO_UDP, &asked);
 	}
 	if (slot) {
 		if (place->kind == HOP_RECEIVE && message->direction == RESPONSE)
 			place->netns = slot->netns;
 		add_alias(number, slot, &message->flow);
 		add_hop(slot, message, place);
+		if (place->kind == HOP_RECEIVE && message->direction == QUERY)
+			serves(slot->server_cgroup_id);
 		if (refused)
 			slot->status = status;
 		if (message->direction == QUERY || !is_last_hop(slot, message, place))
@@ -263,7 +313,15 @@ static __always_inline void seen(struct source *source, u64 skb, struct message 
 		    (status == STATUS_ANSWERED && place->kind == HOP_RECEIVE))
 			slot->end_ns = place->t_ns;
 		attempt = slot->attempt + 1;
-		emit(slot, status == STATUS_ANSWERED ? source : NULL, message);
+#ifdef AGGREGATES
+		/* What its client gave up is rare, and all of it leaves: user space counts that. */
+		if (status != STATUS_TIMEOUT) {
+			tally_up(slot, &scratch->tally);
+			kept = is_kept(slot);
+		}
+#endif
+		if (kept)
+			emit(slot, status == STATUS_ANSWERED ? source : NULL, message);
 		if (status != STATUS_TIMEOUT) {
 			release(number);
 			return;

@@ -1,13 +1,16 @@
 /* SPDX-License-Identifier: GPL-2.0-only */
 /*
  * The tables. Sizes that user space chooses come as macros:
- * SLOTS (transactions in flight), SMALL_PAGES and LARGE_PAGES (the rings).
+ * SLOTS (transactions in flight), SMALL_PAGES, LARGE_PAGES and
+ * SEGMENT_PAGES (the rings).
  */
 #ifndef DNSTRACE_MAPS_H
 #define DNSTRACE_MAPS_H
 
 #define SCRATCHES 4
-#define WANTED_MAX 262144 /* more containers than a node can have, their cgroups included */
+#ifndef VERDICTS
+#define VERDICTS 262144 /* more containers than a node can have, their cgroups included */
+#endif
 #define DNS_PORT_WORDS 1024 /* 65,536 bits */
 
 /*
@@ -52,14 +55,86 @@ BPF_ARRAY(crowded_last_ns, u64, 1);
 BPF_RINGBUF_OUTPUT(small_ring, SMALL_PAGES);
 BPF_RINGBUF_OUTPUT(large_ring, LARGE_PAGES);
 
+/*
+ * TCP connections, by a number, and the number by each flow that one has: NAT
+ * gives it several. Without the server, a flow stands for its client's last
+ * connection. User space takes away what has ended.
+ */
+#ifndef CONNECTIONS
+#define CONNECTIONS 8192
+#endif
+
+struct connection {
+	u64 cgroup_id;
+	u32 netns;
+	u32 pid;
+	u32 first_seq; /* of the first byte that the client sends; 0: its SYN was not seen */
+	u32 next_seq; /* of the byte that the client sends next */
+	u8 carrier; /* enum carrier: whose bytes are kept */
+	u8 pad[7];
+	char comm[16];
+	struct flow asked;
+};
+
+enum carrier { CARRIER_DEVICE, CARRIER_SERVER, CARRIER_CLIENT };
+
+BPF_TABLE("hash", struct flow, u64, connection_ids, CONNECTIONS * 4);
+BPF_TABLE("hash", u64, struct connection, connections, CONNECTIONS);
+/*
+ * Whom a socket was told to send to, before programs of others (which balance
+ * services at the socket, as Cilium's) put another address in its place.
+ */
+struct meant {
+	__be64 addr[2];
+	u64 task; /* who sends: struct task_struct; 0: it holds for the whole connection */
+	__be16 port;
+	u16 pad[3];
+};
+
+BPF_TABLE("lru_hash", u64, struct meant, meant_by_socket, CONNECTIONS);
+BPF_RINGBUF_OUTPUT(segment_ring, SEGMENT_PAGES);
+
 BPF_PERCPU_ARRAY(counters, u64, COUNTERS);
 BPF_ARRAY(settings, struct settings, 1);
 BPF_ARRAY(dns_ports, u64, DNS_PORT_WORDS);
-BPF_F_TABLE("hash", u64, u8, wanted_cgroups, WANTED_MAX, BPF_F_NO_PREALLOC);
-BPF_F_TABLE("hash", u32, u8, wanted_netns, WANTED_MAX, BPF_F_NO_PREALLOC);
+/* enum verdict; who is in neither is not known yet, and let in. */
+BPF_F_TABLE("hash", u64, u8, cgroup_verdicts, VERDICTS, BPF_F_NO_PREALLOC);
+BPF_F_TABLE("hash", u32, u8, netns_verdicts, VERDICTS / 4, BPF_F_NO_PREALLOC);
+/* Cgroups that were asked a query of ours: what they ask themselves may be because of it. */
+BPF_TABLE("lru_hash", u64, u8, serving_cgroups, 1024);
+
+/* Without them, every transaction leaves. */
+#ifdef SERIES
+#define AGGREGATES
+#else
+#define SERIES 1
+#define BUCKETS 1
+#endif
+
+/*
+ * Not per CPU: with many of them that would be far more memory than the counts
+ * need, and DNS is too rare for CPUs to meet at one bucket.
+ */
+BPF_TABLE("hash", struct series_key, struct series, all_series, SERIES);
+BPF_TABLE("hash", struct bucket_key, u64, buckets, BUCKETS);
+
+/* When a server last asked somebody, by what. */
+struct span_key {
+	u64 cgroup_id;
+	u32 question_hash;
+	u32 pad;
+};
+
+struct span {
+	u64 start_ns;
+	u64 end_ns;
+};
+
+BPF_TABLE("lru_hash", struct span_key, struct span, upstream_spans, 1024);
 
 /* Tunnel headers, an IPv6 header with options, UDP, and the longest question. */
 #define SCRATCH_BYTES 512
+#define TALLIED 16 /* stages, rounded up */
 #define PACKET_BYTES (SCRATCH_BYTES - 16)
 
 /* A slot, as it was when it was found. */
@@ -68,26 +143,58 @@ struct found {
 	u32 generation;
 };
 
-/* A DNS message over UDP, and where it lies. */
+/* A DNS message over UDP, and where it lies; or a TCP segment. */
 struct message {
 	struct flow flow;
 	u32 question_hash;
 	u32 captured; /* bytes of the packet in the scratch buffer, from the network header on */
-	u32 offset; /* of the DNS header from the network header */
+	u32 offset; /* of the DNS header from the network header; of a segment, the TCP header */
+	u32 end; /* of the IP packet that it is in */
 	u16 len; /* of the DNS message, by the UDP header: the packet may hold less */
 	u16 question_len; /* 0: none, or not parsable */
+	u16 type; /* of the question, in host byte order */
 	__be16 id;
 	__be16 flags;
 	u8 direction;
 	u8 family;
+	u8 protocol;
 	u8 unreachable; /* an ICMP error that carries the query back */
 	/* What it belongs to. Here because the verifier then does not follow it; see forgotten. */
 	volatile struct found found;
 };
 
+/* What is left of a segment to send; see forgotten. */
+struct pieces {
+	u32 left;
+	u32 seq;
+	u32 offset;
+	u32 carried;
+};
+
+/* What is being counted. */
+struct tally {
+	u64 stage_ns[TALLIED];
+	u64 received_ns; /* by the server; 0: not seen */
+	u64 sent_ns; /* by the server; 0: not seen */
+	u64 last_ns;
+	/* Of the query's last hop, and of the response's first; kind 0: none. */
+	volatile u64 query_kind, query_flow, response_kind, response_flow;
+	volatile u64 last_kind;
+	struct series_key key;
+	struct bucket_key bucket;
+	struct series fresh; /* all 0 but its id */
+};
+
 struct scratch {
 	u64 in_use;
 	struct message message;
+	struct segment segment;
+	struct connection fresh;
+	struct flow client;
+	volatile struct pieces pieces;
+#ifdef AGGREGATES
+	struct tally tally;
+#endif
 	u8 bytes[SCRATCH_BYTES + 16]; /* reads of up to 16 bytes at a masked offset stay inside */
 };
 

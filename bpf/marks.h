@@ -12,6 +12,9 @@
 #define MARK_SKB_ARGUMENT 0x646e737472616305ULL /* 0 or 1 */
 #define MARK_VERDICT 0x646e737472616304ULL /* whatever lets the packet pass at this hook */
 #define MARK_PULL 0x646e737472616307ULL /* 1: kprobes will read this packet further on */
+#define MARK_UDP 0x646e737472616308ULL /* 0: other hooks see to UDP */
+#define MARK_FAMILY 0x646e737472616309ULL /* of socket addresses: 4 or 6 */
+#define MARK_CONNECTS 0x646e73747261630aULL /* 1: an address for all that is sent from now on */
 #define MARK_READ_TASK 0x646e737472616306ULL /* 1: no helper tells of the process here */
 
 static __always_inline u64 patched(u64 mark)

@@ -25,6 +25,7 @@
 #define ICMPV6_DEST_UNREACH 1
 #define ICMP_HLEN 8
 #define UDP_HLEN 8
+#define TCP_HLEN 20
 #define DNS_HLEN 12
 #define DNS_QR 0x80 /* in the first byte of the flags */
 
@@ -189,6 +190,7 @@ static __always_inline void hash_question(struct scratch *scratch, struct messag
 
 	message->question_len = 0;
 	message->question_hash = 0;
+	message->type = 0;
 	if (u16_at(scratch, message->offset + 4) == 0)
 		return;
 #pragma nounroll
@@ -225,6 +227,7 @@ static __always_inline void hash_question(struct scratch *scratch, struct messag
 		if (left <= 8)
 			break;
 	}
+	message->type = bpf_ntohs(u16_at(scratch, start + len - 4));
 	/* Type and class once more, as they are: the bit of letters' cases tells A from SRV. */
 	hash = (hash ^ u32_at(scratch, start + len - 4)) * 0x9e3779b97f4a7c15ULL;
 	message->question_hash = hash ^ hash >> 32;
@@ -245,13 +248,13 @@ static __always_inline bool is_tunnel_port(__be16 port)
 }
 
 /*
- * Finds the UDP header from the IP header at offset on, and fills the addresses
- * as source and destination. Returns its offset, or 0: no UDP in here, a later
- * fragment, or cut off. IP in IP goes one level deep; of an ICMP error, the
- * packet that it complains about is looked at.
+ * Finds the UDP or TCP header from the IP header at offset on, and fills the
+ * addresses as source and destination. Returns its offset, or 0: neither is in
+ * here, a later fragment, or cut off. IP in IP goes one level deep; of an ICMP
+ * error, the packet that it complains about is looked at.
  */
-static __always_inline u32 find_udp(struct scratch *scratch, u32 captured, u32 offset,
-				    struct message *message)
+static __always_inline u32 find_transport(struct scratch *scratch, u32 captured, u32 offset,
+					  struct message *message)
 {
 	u8 version = u8_at(scratch, offset) >> 4, protocol;
 	u32 i;
@@ -280,20 +283,23 @@ static __always_inline u32 find_udp(struct scratch *scratch, u32 captured, u32 o
 	if (version == 4) {
 		u32 header = (u8_at(scratch, offset) & 15) * 4;
 
-		if (header < 20 || u8_at(scratch, offset + 9) != PROTO_UDP)
+		protocol = u8_at(scratch, offset + 9);
+		if (header < 20)
 			return 0;
 		if (u16_at(scratch, offset + 6) & bpf_htons(0x1fff))
 			return 0;
+		message->end = offset + bpf_ntohs(u16_at(scratch, offset + 2));
 		map_ipv4(message->flow.client_addr, u32_at(scratch, offset + 12));
 		map_ipv4(message->flow.server_addr, u32_at(scratch, offset + 16));
 		offset += header;
 	} else if (version == 6) {
 		protocol = u8_at(scratch, offset + 6);
+		message->end = offset + 40 + bpf_ntohs(u16_at(scratch, offset + 4));
 		copy_ipv6(message->flow.client_addr, scratch, offset + 8);
 		copy_ipv6(message->flow.server_addr, scratch, offset + 24);
 		offset += 40;
 #pragma nounroll
-		for (i = 0; i < MAX_EXTENSION_HEADERS && protocol != PROTO_UDP; i++) {
+		for (i = 0; i < MAX_EXTENSION_HEADERS; i++) {
 			/* Hop-by-hop, routing, destination options; fragment. */
 			if (protocol == 0 || protocol == 43 || protocol == 60) {
 				protocol = u8_at(scratch, offset);
@@ -304,14 +310,15 @@ static __always_inline u32 find_udp(struct scratch *scratch, u32 captured, u32 o
 				protocol = u8_at(scratch, offset);
 				offset += 8;
 			} else {
-				return 0;
+				break;
 			}
 		}
-		if (protocol != PROTO_UDP)
-			return 0;
 	} else {
 		return 0;
 	}
+	if (protocol != PROTO_UDP && protocol != PROTO_TCP)
+		return 0;
+	message->protocol = protocol;
 	return offset + UDP_HLEN <= captured ? offset : 0;
 }
 
@@ -347,36 +354,74 @@ static __always_inline void scratch_release(struct scratch *scratch)
 	*(volatile u64 *)&scratch->in_use = 0;
 }
 
-enum parsed { NOT_DNS, UNDECODABLE, IS_DNS };
+enum parsed { NOT_DNS, UNDECODABLE, IS_DNS, IS_SEGMENT };
+
+/* Swaps client and server, which stand as source and destination so far. */
+static __always_inline void turn_round(struct flow *flow)
+{
+	u32 i;
+
+#pragma unroll
+	for (i = 0; i < 2; i++) {
+		__be64 address = flow->client_addr[i];
+
+		flow->client_addr[i] = flow->server_addr[i];
+		flow->server_addr[i] = address;
+	}
+}
+
+/* The TCP segment at message->offset, of the client's where its destination is a DNS port. */
+static __always_inline enum parsed parse_segment(struct scratch *scratch, struct message *message)
+{
+	__be16 from = u16_at(scratch, message->offset), to = u16_at(scratch, message->offset + 2);
+
+	if (is_dns_port(to)) {
+		message->direction = QUERY;
+		message->flow.client_port = from;
+		message->flow.server_port = to;
+	} else if (is_dns_port(from)) {
+		message->direction = RESPONSE;
+		turn_round(&message->flow);
+		message->flow.client_port = to;
+		message->flow.server_port = from;
+	} else {
+		return NOT_DNS;
+	}
+	if (message->unreachable)
+		return message->direction == QUERY ? IS_SEGMENT : NOT_DNS;
+	return message->offset + TCP_HLEN <= message->captured ? IS_SEGMENT : NOT_DNS;
+}
 
 /* Reads the DNS message of a packet, through VXLAN or Geneve where tunnels is set. */
 static __always_inline enum parsed parse(struct source *source, struct scratch *scratch,
 					 struct message *message, bool tunnels)
 {
-	u32 captured = source_read(source, 0, scratch->bytes, PACKET_BYTES), udp, udp_len, i;
+	u32 captured = source_read(source, 0, scratch->bytes, PACKET_BYTES), udp, udp_len;
 	__be16 from, to;
 
 	if (captured < 20 + UDP_HLEN)
 		return NOT_DNS;
 	message->captured = captured;
 	message->unreachable = 0;
-	udp = find_udp(scratch, captured, 0, message);
+	udp = find_transport(scratch, captured, 0, message);
 	if (!udp)
 		return NOT_DNS;
 	udp = forgotten(&message->offset, udp);
-	if (tunnels && is_tunnel_port(u16_at(scratch, udp + 2))) {
+	if (tunnels && message->protocol == PROTO_UDP && is_tunnel_port(u16_at(scratch, udp + 2))) {
 		u32 inner = udp + UDP_HLEN + 8;
 
 		if (u16_at(scratch, udp + 2) == bpf_htons(6081))
 			inner += (u8_at(scratch, udp + UDP_HLEN) & 63) * 4;
 		if (inner + ETH_HLEN + 20 > captured)
 			return NOT_DNS;
-		udp = find_udp(scratch, captured, forgotten(&message->offset, inner + ETH_HLEN),
-			       message);
+		udp = find_transport(scratch, captured,
+				     forgotten(&message->offset, inner + ETH_HLEN), message);
 		if (!udp)
 			return NOT_DNS;
 	}
 	udp = forgotten(&message->offset, udp);
+	if (message->protocol == PROTO_TCP)
+		return parse_segment(scratch, message);
 	from = u16_at(scratch, udp);
 	to = u16_at(scratch, udp + 2);
 	message->offset = udp + UDP_HLEN;
@@ -399,13 +444,7 @@ static __always_inline enum parsed parse(struct source *source, struct scratch *
 		message->flow.client_port = from;
 		message->flow.server_port = to;
 	} else {
-#pragma unroll
-		for (i = 0; i < 2; i++) {
-			__be64 address = message->flow.client_addr[i];
-
-			message->flow.client_addr[i] = message->flow.server_addr[i];
-			message->flow.server_addr[i] = address;
-		}
+		turn_round(&message->flow);
 		message->flow.client_port = to;
 		message->flow.server_port = from;
 	}

@@ -19,6 +19,7 @@ struct place {
 	u32 netns;
 	u32 drop_reason;
 	u64 drop_location;
+	u64 socket; /* struct sock; 0: a device, or unknown */
 	u8 kind;
 };
 
@@ -27,8 +28,26 @@ struct sender {
 	u64 cgroup_id;
 	u32 netns;
 	u32 pid;
+	u8 balanced; /* see struct transaction */
 	char comm[16];
 };
+
+/* The cgroup that a socket was made in; 0: unknown. */
+static __always_inline u64 cgroup_of_sock(u64 sk)
+{
+	u64 at = 0, id = 0;
+
+#ifdef OFFSET_sock_cgrp_data
+	if (!sk || READ_FIELD(at, sk, OFFSET_sock_cgrp_data))
+		return 0;
+	/* Before 5.15 (8520e224f547), bit 0 says that it is something else, and bit 1 a detail. */
+	at = at & 1 ? 0 : at & ~3ULL;
+	if (!at || READ_FIELD(at, at, OFFSET_cgroup_kn))
+		return 0;
+	READ_FIELD(id, at, OFFSET_kernfs_node_id);
+#endif
+	return id;
+}
 
 static __always_inline bool same_address(const __be64 *a, const __be64 *b)
 {
@@ -175,6 +194,8 @@ static __always_inline void add_hop(struct transaction *slot, struct message *me
 	slot->nhops = n + 1;
 	if (place->kind == HOP_DROP)
 		slot->drop_location = place->drop_location;
+	if (place->kind == HOP_RECEIVE && message->direction == QUERY)
+		slot->server_cgroup_id = cgroup_of_sock(place->socket);
 }
 
 /*
@@ -314,6 +335,7 @@ static __always_inline void fill(struct transaction *slot, struct source *source
 	slot->start_ns = place->t_ns;
 	slot->end_ns = 0;
 	slot->cgroup_id = sender->cgroup_id;
+	slot->server_cgroup_id = 0;
 	slot->drop_location = 0;
 	slot->netns = sender->netns;
 	slot->pid = sender->pid;
@@ -331,6 +353,10 @@ static __always_inline void fill(struct transaction *slot, struct source *source
 	slot->variant = variant;
 	slot->family = message->family;
 	slot->question_ok = message->question_len != 0;
+	slot->protocol = PROTO_UDP;
+	slot->balanced = sender->balanced;
+	slot->type = message->type;
+	slot->weight = slot->pad = 0;
 	__builtin_memcpy(slot->comm, sender->comm, sizeof(slot->comm));
 	slot->flows[0] = *asked;
 	slot->query_captured = source_read(source, message->offset, slot->query, QUERY_BYTES);

@@ -34,6 +34,7 @@ class Command(IntEnum):
     PROG_TEST_RUN = 10
     OBJ_GET_INFO_BY_FD = 15
     RAW_TRACEPOINT_OPEN = 17
+    MAP_LOOKUP_BATCH = 24
     LINK_CREATE = 28
 
 
@@ -45,6 +46,7 @@ class ProgramType(IntEnum):
     SCHED_CLS = 3
     CGROUP_SKB = 8
     RAW_TRACEPOINT = 17
+    CGROUP_SOCK_ADDR = 18
 
 
 class AttachType(IntEnum):
@@ -52,6 +54,10 @@ class AttachType(IntEnum):
 
     CGROUP_INET_INGRESS = 0
     CGROUP_INET_EGRESS = 1
+    CGROUP_INET4_CONNECT = 10
+    CGROUP_INET6_CONNECT = 11
+    CGROUP_UDP4_SENDMSG = 14
+    CGROUP_UDP6_SENDMSG = 15
     PERF_EVENT = 41
     TCX_INGRESS = 46
     TCX_EGRESS = 47
@@ -135,6 +141,44 @@ def map_keys(fd: int, key_size: int) -> Iterator[bytes]:
         yield key
 
 
+def map_items(
+    fd: int, key_size: int, value_size: int, at_a_time: int = 4096
+) -> tuple[bytes, bytes]:
+    """All keys and all values of a hash map, one behind the other, in the same order.
+
+    What is added meanwhile may be missing, and what is taken away may be there. Needs Linux 5.6.
+    """
+    keys = ctypes.create_string_buffer(key_size * at_a_time)
+    values = ctypes.create_string_buffer(value_size * at_a_time)
+    position = ctypes.create_string_buffer(8)
+    all_keys, all_values = bytearray(), bytearray()
+    position_at = 0  # the beginning
+    while True:
+        attr = struct.pack(
+            "=QQQQIIQQ",
+            position_at,
+            ctypes.addressof(position),
+            ctypes.addressof(keys),
+            ctypes.addressof(values),
+            at_a_time,
+            fd,
+            0,
+            0,
+        )
+        buffer = ctypes.create_string_buffer(attr, len(attr))
+        number = SYSCALL_NUMBERS[platform.machine()]
+        result = _libc.syscall(number, int(Command.MAP_LOOKUP_BATCH), buffer, len(attr))
+        failure = ctypes.get_errno() if result < 0 else 0
+        if failure not in (0, errno.ENOENT):
+            raise BpfError(failure, "map walk")
+        (count,) = struct.unpack_from("=I", buffer.raw, 32)
+        all_keys += memoryview(keys)[: count * key_size]
+        all_values += memoryview(values)[: count * value_size]
+        if failure:
+            return bytes(all_keys), bytes(all_values)
+        position_at = ctypes.addressof(position)
+
+
 def program_load(
     program_type: ProgramType,
     instructions: bytes,
@@ -183,9 +227,9 @@ def _kernel_version() -> int:
     return (major << 16) + (minor << 8) + min(patch, 255)
 
 
-def link_create(program_fd: int, target: int, attach: AttachType) -> int:
+def link_create(program_fd: int, target: int, attach: AttachType, flags: int = 0) -> int:
     """Attaches a program to a cgroup (directory fd), device (ifindex) or perf event (fd)."""
-    attr = struct.pack("=IIII24x", program_fd, target, attach, 0)
+    attr = struct.pack("=IIII24x", program_fd, target, attach, flags)
     return _bpf(Command.LINK_CREATE, attr, f"attaching to {attach.name}")[0]
 
 

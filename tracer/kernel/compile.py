@@ -34,9 +34,6 @@ _BPF_PSEUDO_MAP_FD = 1
 _LD_IMM64 = 0x18
 _INSTRUCTION = struct.Struct("=BBhi")
 _PAGE = os.sysconf("SC_PAGESIZE")
-# The rings are 8 and 2 MiB, however large this machine's pages are.
-SMALL_RING_PAGES = (8 << 20) // _PAGE
-LARGE_RING_PAGES = (2 << 20) // _PAGE
 _MAX_MAPS = 64
 _PR_SET_PDEATHSIG = 1
 _BCC_ARCH = {"x86_64": "x86", "aarch64": "arm64"}  # what BCC calls machines other than its own
@@ -48,6 +45,7 @@ PROGRAMS = {
     "packet_dropped": None,
     "free_one_slot": None,
     "kprobe_packet": "OFFSET_argument_0",
+    "socket_address": "OFFSET_sock_cookie",
 }
 MAPS = (
     "slot_index",
@@ -59,11 +57,19 @@ MAPS = (
     "crowded_last_ns",
     "small_ring",
     "large_ring",
+    "connection_ids",
+    "connections",
+    "meant_by_socket",
+    "segment_ring",
     "counters",
     "settings",
     "dns_ports",
-    "wanted_cgroups",
-    "wanted_netns",
+    "cgroup_verdicts",
+    "netns_verdicts",
+    "serving_cgroups",
+    "all_series",
+    "buckets",
+    "upstream_spans",
     "scratches",
     "forgetful",
 )
@@ -157,12 +163,6 @@ class Compilation:
             _compile_in_child(theirs, sizes, more, target or Target(), kprobes=kprobes)
         theirs.close()
         self._result: Object | None = None
-
-    @classmethod
-    def for_tracing(cls, slots: int, *, kprobes: bool) -> Compilation:
-        """One with rings as a session wants them, and that many slots."""
-        sizes = {"SLOTS": slots, "SMALL_PAGES": SMALL_RING_PAGES, "LARGE_PAGES": LARGE_RING_PAGES}
-        return cls(sizes, kprobes=kprobes)
 
     def abandon(self) -> None:
         """Ends it, unless it has ended already: nobody wants the result."""

@@ -10,6 +10,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tracer.kernel import rtnetlink
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -84,6 +86,28 @@ def _setns(fd: int) -> None:
 def device_count() -> int:
     """How many devices this thread's namespace has."""
     return len(socket.if_nameindex())
+
+
+def addresses() -> dict[int, set[str]]:
+    """Addresses of the namespaces that nodes may have as their own, by inode number.
+
+    Those of most pods are left out: nodes have more devices than loopback and one more.
+    """
+    found: dict[int, set[str]] = {}
+    home = own()
+    for inode, path in paths().items():
+        fd = open_namespace(inode, path)
+        if fd is None:
+            continue
+        try:
+            with entered(fd):
+                if inode == home or device_count() > 2:
+                    found[inode] = rtnetlink.addresses()
+        except OSError:
+            continue  # it is going, or out of reach
+        finally:
+            os.close(fd)
+    return found
 
 
 def cgroup2_root() -> Path | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from contextlib import suppress
 from pathlib import Path
 
 from tracer.kernel.btf import Btf, BtfError
@@ -55,6 +56,10 @@ def kernel_offsets(btf: Btf, *, kprobes: bool, machine: str | None = None) -> di
     """
     offsets = {macro: btf.offset(*where) for macro, where in _NEEDED.items()}
     offsets.update(_conntrack_offsets(btf))
+    with suppress(BtfError):
+        offsets["OFFSET_sock_cookie"] = btf.offset("sock", "__sk_common.skc_cookie.counter")
+    with suppress(BtfError):  # only with CONFIG_SOCK_CGROUP_DATA
+        offsets["OFFSET_sock_cgrp_data"] = btf.offset("sock", "sk_cgrp_data")
     if kprobes:
         offsets.update(_argument_offsets(btf, machine or platform.machine()))
     # kfree_skb(void *, skb, location, reason): the reason came with 5.17 (c504e5c2f964).

@@ -31,6 +31,9 @@ _MARK_VERDICT = 0x646E737472616304
 _MARK_SKB_ARGUMENT = 0x646E737472616305
 _MARK_READ_TASK = 0x646E737472616306
 _MARK_PULL = 0x646E737472616307
+_MARK_UDP = 0x646E737472616308
+_MARK_FAMILY = 0x646E737472616309
+_MARK_CONNECTS = 0x646E73747261630A
 
 _CGROUP_ALLOW = 1
 _TC_CONTINUE = 0xFFFFFFFF  # TCX_NEXT, and TC_ACT_UNSPEC for clsact: ask the next program
@@ -49,6 +52,7 @@ def load_device_program(
         _MARK_L2_HLEN: l2_len,
         _MARK_NETNS: netns,
         _MARK_PULL: int(for_kprobes),
+        _MARK_UDP: 1,
     }
     code = built.linked("packet", constants)
     return bpf.program_load(ProgramType.SCHED_CLS, code, f"dnstrace_{kind.name.lower()}")
@@ -83,10 +87,10 @@ _PROBED = (
 )
 
 
-def load_socket_program(built: Object, kind: HopKind) -> int:
+def load_socket_program(built: Object, kind: HopKind, *, udp: bool = True) -> int:
     """A cgroup_skb program for what sockets send (SEND) or are given (RECEIVE).
 
-    Where the kernel has no helpers that tell such a program of the process (EINVAL), it reads the
+    Without `udp`, it sees to TCP alone. Where the kernel has no helpers that tell such a program of the process (EINVAL), it reads the
     task.
     """
     constants = {
@@ -94,6 +98,8 @@ def load_socket_program(built: Object, kind: HopKind) -> int:
         _MARK_VERDICT: _CGROUP_ALLOW,
         _MARK_L2_HLEN: 0,
         _MARK_NETNS: 0,
+        _MARK_UDP: int(udp),
+        _MARK_PULL: 0,
     }
     name = f"dnstrace_{kind.name.lower()}"
 
@@ -109,7 +115,7 @@ def load_socket_program(built: Object, kind: HopKind) -> int:
     return load(1)
 
 
-def attach_to_cgroup(built: Object, cgroup: Path) -> list[int]:
+def attach_to_cgroup(built: Object, cgroup: Path, *, udp: bool = True) -> list[int]:
     """Watches all sockets of the cgroup and those below. Returns what to close to detach.
 
     The receive is then when the packet reaches the socket, before its buffer is known to have room.
@@ -118,7 +124,7 @@ def attach_to_cgroup(built: Object, cgroup: Path) -> list[int]:
     links: list[int] = []
 
     def attach(kind: HopKind) -> None:
-        program = load_socket_program(built, kind)
+        program = load_socket_program(built, kind, udp=udp)
         try:
             links.append(bpf.link_create(program, directory, _CGROUP_ATTACH[kind]))
         finally:
@@ -133,6 +139,47 @@ def attach_to_cgroup(built: Object, cgroup: Path) -> list[int]:
     finally:
         os.close(directory)
     return links
+
+
+# Where it is attached: the family of the addresses, and whether they are for a whole connection.
+_ADDRESS_ATTACH = {
+    AttachType.CGROUP_INET4_CONNECT: (4, True),
+    AttachType.CGROUP_INET6_CONNECT: (6, True),
+    AttachType.CGROUP_UDP4_SENDMSG: (4, False),
+    AttachType.CGROUP_UDP6_SENDMSG: (6, False),
+}
+_BPF_F_PREORDER = 1 << 6  # before all programs of cgroups below, and of others here
+
+
+def attach_to_addresses(built: Object, cgroup: Path) -> tuple[list[int], bool]:
+    """Watches for whom sockets are told to send to, in the cgroup and those below.
+
+    Returns what to close to detach, and whether this is told before any other program can put in
+    another address (kernel 6.16 or later). Raises OSError.
+    """
+    directory = os.open(cgroup, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    links: list[int] = []
+    first = True
+    try:
+        for attach, (family, connects) in _ADDRESS_ATTACH.items():
+            constants = {_MARK_FAMILY: family, _MARK_CONNECTS: int(connects)}
+            code = built.linked("socket_address", constants)
+            program = bpf.program_load(ProgramType.CGROUP_SOCK_ADDR, code, "dnstrace_meant", attach)
+            try:
+                links.append(bpf.link_create(program, directory, attach, _BPF_F_PREORDER))
+            except OSError as error:
+                if error.errno != errno.EINVAL:
+                    raise
+                links.append(bpf.link_create(program, directory, attach))
+                first = False
+            finally:
+                os.close(program)
+    except OSError:
+        close_all(links)
+        raise
+    finally:
+        os.close(directory)
+    return links, first
 
 
 def attach_to_functions(built: Object) -> list[int]:

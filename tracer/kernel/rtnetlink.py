@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The two questions to rtnetlink(7) that following devices needs, for this thread's namespace.
+"""The three questions to rtnetlink(7) that following devices needs, for this thread's namespace.
 
 pyroute2 would answer them as well, but takes 20 MB of the node's memory and 60 ms of every start
 for it. Layouts: include/uapi/linux/rtnetlink.h, if_link.h, net_namespace.h.
@@ -21,11 +21,14 @@ if TYPE_CHECKING:
 _HEADER = struct.Struct("=IHHII")  # nlmsghdr
 _IFINFO = struct.Struct("=BxHiII")  # ifinfomsg
 _ATTRIBUTE = struct.Struct("=HH")
-_RTM_GETLINK, _RTM_GETNSID = 18, 90
+_IFADDR = struct.Struct("=BBBBI")  # ifaddrmsg
+_RTM_GETLINK, _RTM_GETADDR, _RTM_GETNSID = 18, 22, 90
 _NLMSG_ERROR, _NLMSG_DONE = 2, 3
 _REQUEST, _DUMP, _DUMP_INTERRUPTED = 1, 0x300, 0x10
 _LISTINGS_MAX = 10
 _IFLA_IFNAME, _IFLA_LINKINFO, _IFLA_LINK_NETNSID, _IFLA_INFO_KIND = 3, 18, 37, 1
+_IFA_ADDRESS, _IFA_LOCAL = 1, 2
+_SCOPE_LINK = 253  # and above: addresses that other machines have too
 _NETNSA_NSID, _NETNSA_FD = 1, 3
 _RTMGRP_LINK = 1
 _IFF_LOOPBACK = 8
@@ -59,19 +62,27 @@ def links() -> list[Link]:
 
 def _list_links() -> tuple[list[Link], bool]:
     """All devices, and whether they changed meanwhile (NLM_F_DUMP_INTR), so some may be missing."""
+    bodies, interrupted = _dump(_RTM_GETLINK, _IFINFO.pack(socket.AF_UNSPEC, 0, 0, 0, 0))
+    return [_link(body) for body in bodies], interrupted
+
+
+def addresses() -> set[str]:
+    """Addresses that others may reach this namespace by, in presentation format. Raises OSError."""
+    bodies, _ = _dump(_RTM_GETADDR, _IFADDR.pack(socket.AF_UNSPEC, 0, 0, 0, 0))
+    return {address for address in map(_address, bodies) if address}
+
+
+def _dump(what: int, request: bytes) -> tuple[list[bytes], bool]:
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE) as channel:
-        request = _IFINFO.pack(socket.AF_UNSPEC, 0, 0, 0, 0)
-        channel.send(
-            _HEADER.pack(16 + len(request), _RTM_GETLINK, _REQUEST | _DUMP, 1, 0) + request
-        )
-        found: list[Link] = []
+        channel.send(_HEADER.pack(16 + len(request), what, _REQUEST | _DUMP, 1, 0) + request)
+        found: list[bytes] = []
         interrupted = False
         while True:
             for kind, flags, body in _messages(channel.recv(1 << 18)):
                 interrupted = interrupted or bool(flags & _DUMP_INTERRUPTED)
                 if kind == _NLMSG_DONE:
                     return found, interrupted
-                found.append(_link(body))
+                found.append(body)
 
 
 def namespace_id(fd: int) -> int | None:
@@ -137,6 +148,18 @@ def _link(body: bytes) -> Link:
         elif number == _IFLA_LINKINFO:
             kind = next((_text(v) for n, v in _attributes(value) if n == _IFLA_INFO_KIND), "")
     return Link(ifindex, name, kind, arphrd, bool(flags & _IFF_LOOPBACK), peer)
+
+
+def _address(body: bytes) -> str | None:
+    if len(body) < _IFADDR.size:
+        raise _malformed()
+    family, _, _, scope, _ = _IFADDR.unpack_from(body)
+    length = {socket.AF_INET: 4, socket.AF_INET6: 16}.get(family)
+    values = dict(_attributes(body[_IFADDR.size :]))
+    value = values.get(_IFA_LOCAL, values.get(_IFA_ADDRESS, b""))  # of a peer, the latter is its
+    if length is None or scope >= _SCOPE_LINK or len(value) != length:
+        return None
+    return socket.inet_ntop(family, value)
 
 
 def _number(value: bytes) -> int:

@@ -13,30 +13,35 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from tracer.kernel import bpf, host, kprobes, netns, programs
-from tracer.kernel.compile import (
-    LARGE_RING_PAGES,
-    SMALL_RING_PAGES,
-    Compilation,
-    CompileError,
-    Object,
-)
+from tracer.kernel.compile import Compilation, CompileError, Object
 from tracer.kernel.devices import Device, Devices
+from tracer.kernel.limits import Limits
 from tracer.kernel.ring import Ring
 from tracer.kernel.table import Table
-from tracer.record import LARGE_RECORD, SMALL_RECORD, Counter, HopKind, Wanted
+from tracer.record import (
+    LARGE_RECORD,
+    SEGMENT_RECORD,
+    SMALL_RECORD,
+    Counter,
+    HopKind,
+    Verdict,
+    Wanted,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterator
+    from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping
 
     import numpy as np
     from numpy.typing import NDArray
 
 _U32 = struct.Struct("=I")
 _U64 = struct.Struct("=Q")
-_SETTINGS = struct.Struct("=QII")
+_SETTINGS = struct.Struct("=QIIQII")
 _BATCH = 512
+_FLOW_BYTES = 40
 
 
+RingName = Literal["small", "large", "segments"]
 HookSet = Literal["kprobe", "tracepoint"]
 _HOOK_SETS: tuple[HookSet, ...] = ("kprobe", "tracepoint")
 
@@ -46,22 +51,35 @@ class Unsupported(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
-    """Sizes of the kernel's tables. `slots`: transactions in flight, a power of two."""
+class Selection:
+    """Whose queries the kernel lets into its table; as it is, everybody's.
 
-    slots: int = 8192
+    With `pods`, those whose network namespace or cgroup is wanted, and those of whom neither is
+    known yet: `netns` and `cgroups` say of each that is known whether it is wanted.
+    """
+
+    ports: Collection[int] = (53,)
+    pods: bool = False
+    netns: Mapping[int, bool] = field(default_factory=dict)
+    cgroups: Mapping[int, bool] = field(default_factory=dict)
+    pid: int | None = None
+    server_side: bool = False
 
 
 @dataclass(frozen=True, slots=True)
-class Selection:
-    """Whose queries the kernel lets into its table; empty: everybody's."""
+class Keeping:
+    """Which transactions leave the kernel, where they are counted there; as it is, all.
 
-    ports: Collection[int] = (53,)
-    netns: Collection[int] = ()
-    cgroup_ids: Collection[int] = ()
-    pid: int | None = None
-    only_selected: bool = False  # even if nothing is selected (yet)
-    server_side: bool = False
+    Slow is what takes `slower_ns` or longer (0: nothing). One of `share` ordinary transactions
+    (0: none) and one of `notable_share` of those that are slow or failed leaves.
+    """
+
+    slower_ns: int = 0
+    share: int = 1
+    notable_share: int = 1
+
+
+KEEP_ALL = Keeping()
 
 
 @dataclass(slots=True)
@@ -74,6 +92,7 @@ class Session:
     built: Object
     table: Table
     rings: tuple[Ring, Ring]
+    segments: Ring
     hooks: HookSet | None = None  # None: sockets are not watched
     attached_by: programs.DeviceHooks | None = None  # None: no device yet
     notes: list[str] = field(default_factory=list)
@@ -81,6 +100,8 @@ class Session:
     # While only some hooks are in place, a query could begin that would never be seen to end.
     _paused: bool = True
     _settings: tuple[int, int] = (0, 0)
+    _keeping: Keeping = KEEP_ALL
+    _ports: Collection[int] = ()
     _port_words: Collection[int] = ()  # where bits are set in the kernel's table of ports
     _device_programs: dict[tuple[int, int], dict[HopKind, int]] = field(default_factory=dict)
     devices: Devices = field(init=False)
@@ -95,10 +116,12 @@ class Session:
         limits: Limits | None = None,
         hooks: HookSet | None = None,
         compilation: Compilation | None = None,
+        keeping: Keeping = KEEP_ALL,
     ) -> Session:
         """Compiles, loads and attaches. Raises Unsupported.
 
-        `compilation` is one that was begun earlier, for the same limits and hooks.
+        `compilation` is one that was begun earlier, for the same limits and hooks; `keeping` is what
+        leaves the kernel at first.
         """
         limits = limits or Limits()
         if not host.may_trace():
@@ -117,17 +140,18 @@ class Session:
             raise Unsupported(f"{obstacle}; leave --hooks out, or use --hooks tracepoint")
         if compilation is None:
             with_kprobes = hooks != "tracepoint" and not obstacle
-            compilation = Compilation.for_tracing(limits.slots, kprobes=with_kprobes)
+            compilation = Compilation(limits.macros(), kprobes=with_kprobes)
         try:
             built = compilation.result()
         except CompileError as error:
             raise Unsupported(str(error)) from error
-        page = os.sysconf("SC_PAGESIZE")
         rings = (
-            Ring(built.map_fds["small_ring"], SMALL_RING_PAGES * page, SMALL_RECORD),
-            Ring(built.map_fds["large_ring"], LARGE_RING_PAGES * page, LARGE_RECORD),
+            Ring(built.map_fds["small_ring"], limits.small_ring, SMALL_RECORD),
+            Ring(built.map_fds["large_ring"], limits.large_ring, LARGE_RECORD),
         )
-        session = cls(built, Table(built.map_fds, limits.slots), rings)
+        segments = Ring(built.map_fds["segment_ring"], limits.segment_ring, SEGMENT_RECORD)
+        session = cls(built, Table(built.map_fds, limits.slots), rings, segments)
+        session._keeping = keeping
         try:
             session._attach(limits, hooks)
             if obstacle and hooks is None and session.hooks:
@@ -152,14 +176,13 @@ class Session:
             words[port >> 6] = words.get(port >> 6, 0) | 1 << (port & 63)
         for word, bits in words.items():
             bpf.map_update(fds["dns_ports"], _U32.pack(word), _U64.pack(bits))
+        self._ports = selection.ports
         self._port_words = words.keys()
-        _replace(fds["wanted_netns"], {_U32.pack(inode) for inode in selection.netns}, 4)
-        _replace(fds["wanted_cgroups"], {_U64.pack(i) for i in selection.cgroup_ids}, 8)
+        _replace(fds["netns_verdicts"], _verdicts(_U32, selection.netns), 4)
+        _replace(fds["cgroup_verdicts"], _verdicts(_U64, selection.cgroups), 8)
         wanted = 0
-        if selection.netns or selection.only_selected:
-            wanted |= Wanted.NETNS
-        if selection.cgroup_ids:
-            wanted |= Wanted.CGROUP
+        if selection.pods:
+            wanted |= Wanted.PODS
         if selection.pid is not None:
             wanted |= Wanted.PID
         if selection.server_side:
@@ -167,13 +190,31 @@ class Session:
         self._settings = (wanted, selection.pid or 0)
         self._set(paused=self._paused)
 
+    def ports(self) -> list[int]:
+        """Those that count as DNS."""
+        return list(self._ports)
+
+    def refuse(self, cgroup_id: int) -> None:
+        """Queries of that cgroup turned out to be unwanted; until `select` says otherwise."""
+        verdict = bytes([Verdict.UNWANTED])
+        bpf.map_update(self.built.map_fds["cgroup_verdicts"], _U64.pack(cgroup_id), verdict)
+
+    def keep(self, keeping: Keeping) -> None:
+        """Changes which transactions leave the kernel, where they are counted there."""
+        if keeping != self._keeping:
+            self._keeping = keeping
+            self._set(paused=self._paused)
+
     def pause(self) -> None:
         """Nothing begins any more; what is in flight goes on."""
         self._set(paused=True)
 
     def _set(self, *, paused: bool) -> None:
         self._paused = paused
-        settings = _SETTINGS.pack(*self._settings, paused)
+        kept = self._keeping
+        settings = _SETTINGS.pack(
+            *self._settings, paused, kept.slower_ns, kept.share, kept.notable_share
+        )
         bpf.map_update(self.built.map_fds["settings"], _U32.pack(0), settings)
 
     def read(self) -> Iterator[NDArray[np.void]]:
@@ -184,9 +225,50 @@ class Session:
                 waiting -= len(batch)
                 yield batch
 
+    def read_all(self) -> Iterator[tuple[RingName, NDArray[np.void]]]:
+        """What has left the kernel by now, with the ring that it comes from, "small" last.
+
+        Whatever was recorded before a record of the small ring comes before it.
+        """
+        small, large = self.rings
+        waiting = small.pending(), large.pending(), self.segments.pending()  # in this order
+        yield from _read("large", large, waiting[1])
+        yield from _read("segments", self.segments, waiting[2])
+        yield from _read("small", small, waiting[0])
+
+    def forget_connections(
+        self, over: Iterable[tuple[int, Iterable[tuple[bytes, bytes, int, int, int]]]]
+    ) -> None:
+        """Makes room for others. Each is its number and its flows, as in records."""
+        fds = self.built.map_fds
+        for number, flows in over:
+            value = _U64.pack(number)
+            keys = {_flow_key(*flow) for flow in flows}
+            keys |= {_flow_key(flow[0], bytes(16), flow[2], 0, 0) for flow in flows}
+            for key in keys:
+                if bpf.map_lookup(fds["connection_ids"], key, 8) == value:
+                    bpf.map_delete(fds["connection_ids"], key)
+            bpf.map_delete(fds["connections"], value)
+
+    def serving(self) -> set[int]:
+        """Cgroups whose processes were asked something lately."""
+        keys = bpf.map_keys(self.built.map_fds["serving_cgroups"], _U64.size)
+        return {_U64.unpack(key)[0] for key in keys}
+
+    def forget_unknown_connections(self, known: Container[int], before_ns: int) -> None:
+        """Makes room that nobody else will: what we know of a connection may have been lost."""
+        fds = self.built.map_fds
+        for key in list(bpf.map_keys(fds["connection_ids"], _FLOW_BYTES)):
+            value = bpf.map_lookup(fds["connection_ids"], key, _U64.size)
+            if value is not None and _is_unknown(value, known, before_ns):
+                bpf.map_delete(fds["connection_ids"], key)
+        for key in list(bpf.map_keys(fds["connections"], _U64.size)):
+            if _is_unknown(key, known, before_ns):
+                bpf.map_delete(fds["connections"], key)
+
     def fill(self) -> float:
-        """How full the fuller ring is, 0 to 1."""
-        return max(ring.fill() for ring in self.rings)
+        """How full the fullest ring is, 0 to 1."""
+        return max(ring.fill() for ring in (*self.rings, self.segments))
 
     def counters(self) -> dict[Counter, int]:
         """The kernel's counters, summed over CPUs."""
@@ -219,6 +301,7 @@ class Session:
         except OSError as error:
             raise Unsupported(f"{error.strerror}; run 'dnstrace doctor'") from error
         self._attach_to_sockets(wanted)
+        self._attach_to_addresses()
         try:
             self._links += programs.attach_to_drops(self.built)
             if not self.built.drop_reasons:
@@ -245,6 +328,7 @@ class Session:
             try:
                 if hooks == "kprobe":
                     self._links += programs.attach_to_functions(self.built)
+                    self._attach_to_tcp_sockets()
                 else:
                     self._links += programs.attach_to_cgroup(self.built, _cgroup_root())
             except OSError as error:
@@ -260,6 +344,25 @@ class Session:
         self.notes.append(
             "sockets are not watched: no process, and no pod of the node's own network"
         )
+
+    def _attach_to_tcp_sockets(self) -> None:
+        """What kprobes do not see to."""
+        try:
+            self._links += programs.attach_to_cgroup(self.built, _cgroup_root(), udp=False)
+        except OSError as error:
+            why = error.strerror or str(error)
+        except _NoCgroup as error:
+            why = str(error)
+        else:
+            return
+        self.notes.append(f"no process is known of DNS over TCP: {why}")
+
+    def _attach_to_addresses(self) -> None:
+        """Only matters where services are balanced at the socket, so nothing is said without it."""
+        if "socket_address" in self.built.instructions and self.hooks is not None:
+            with suppress(OSError, _NoCgroup):
+                links, _ = programs.attach_to_addresses(self.built, _cgroup_root())
+                self._links += links
 
     def _attach_device(self, device: Device) -> Callable[[], None]:
         key = (device.netns, device.l2_len)
@@ -304,12 +407,37 @@ def _cgroup_root() -> Path:
     return root
 
 
-def _replace(fd: int, wanted: set[bytes], key_size: int) -> None:
-    """Makes a hash map's keys just these, adding before taking away."""
+def _is_unknown(value: bytes, known: Container[int], before_ns: int) -> bool:
+    """Whether that connection, whose number is when it began, is nobody's."""
+    (number,) = _U64.unpack(value)
+    return number < before_ns and number not in known
+
+
+def _read(name: RingName, ring: Ring, waiting: int) -> Iterator[tuple[RingName, NDArray[np.void]]]:
+    while waiting > 0 and len(batch := ring.read(min(waiting, _BATCH))):
+        waiting -= len(batch)
+        yield name, batch
+
+
+def _flow_key(client: bytes, server: bytes, client_port: int, server_port: int, _: int) -> bytes:
+    """struct flow."""
+    return struct.pack("=16s16s2s2sI", client, server, client_port.to_bytes(2), server_port.to_bytes(2), 0)  # fmt: skip
+
+
+def _verdicts(packing: struct.Struct, wanted: Mapping[int, bool]) -> dict[bytes, bytes]:
+    return {
+        packing.pack(key): bytes([Verdict.WANTED if yes else Verdict.UNWANTED])
+        for key, yes in wanted.items()
+    }
+
+
+def _replace(fd: int, wanted: Mapping[bytes, bytes], key_size: int) -> None:
+    """Makes a hash map hold just this, adding before taking away."""
     present = set(bpf.map_keys(fd, key_size))
-    for key in wanted - present:
-        bpf.map_update(fd, key, b"\1")
-    for key in present - wanted:
+    for key, value in wanted.items():
+        if key not in present or bpf.map_lookup(fd, key, len(value)) != value:
+            bpf.map_update(fd, key, value)
+    for key in present - wanted.keys():
         bpf.map_delete(fd, key)
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from tracer.kernel import bpf
-from tracer.record import TRANSACTION
+from tracer.record import TRANSACTION, Status
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -42,11 +42,22 @@ class Table:
         """How many transactions wait for an answer."""
         return int(np.count_nonzero(self._start))
 
+    def peek(self) -> NDArray[np.void]:
+        """What waits for an answer, as it is now; it goes on waiting."""
+        found = []
+        for number in np.flatnonzero(self._start.copy())[:_AT_MOST].tolist():
+            raw = bpf.map_lookup(self._slots, _U32.pack(number), TRANSACTION.itemsize)
+            if raw is not None:
+                found.append(raw)
+        slots: NDArray[np.void] = np.frombuffer(b"".join(found), TRANSACTION)
+        waiting: NDArray[np.void] = slots[slots["status"] == Status.OPEN]
+        return waiting
+
     def expire(self, before_ns: int) -> NDArray[np.void]:
         """Ends what began before that time (CLOCK_MONOTONIC) and returns it, oldest first."""
         start = self._start.copy()
         due = np.flatnonzero((start != 0) & (start < before_ns))
-        due = due[np.argsort(start[due])][:_AT_MOST]
+        due = due[np.argsort(start[due], kind="stable")][:_AT_MOST]
         ended = []
         for number in due.tolist():
             raw = bpf.map_lookup(self._slots, _U32.pack(number), TRANSACTION.itemsize)

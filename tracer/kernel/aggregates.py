@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The histograms that the kernel keeps (bpf/latency.h), as far as user space has a part in them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from tracer.kernel import bpf
+from tracer.record import BUCKET_KEY, SERIES, SERIES_KEY, BackendKnown, SeriesKind, Status
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from numpy.typing import NDArray
+
+_COUNT = np.dtype("u8")
+# The series that stand for all that found no room, by id: one for each outcome.
+_ENDS = (Status.ANSWERED, Status.TIMEOUT, Status.REFUSED, Status.DROPPED)
+_OVERFLOW = {
+    **{int(status): (SeriesKind.OF_QUESTIONS, status) for status in _ENDS},
+    len(Status): (SeriesKind.OF_STAGES, Status.ANSWERED),
+}
+OVERFLOW_IDS = tuple(_OVERFLOW)
+
+
+def overflow_key(kind: int, status: int) -> bytes:
+    """SERIES_KEY of the series that stands for others."""
+    key = np.zeros(1, SERIES_KEY)
+    key["kind"], key["status"], key["backend"] = kind, status, BackendKnown.OVERFLOW
+    return key.tobytes()
+
+
+class Counted(NamedTuple):
+    """Series and buckets since the start. Rows of `keys` and `series` belong together, and rows of
+    `bucket_keys` and `counts`; a bucket belongs to the series with its id."""
+
+    keys: NDArray[np.void]  # SERIES_KEY
+    series: NDArray[np.void]  # SERIES
+    bucket_keys: NDArray[np.void]  # BUCKET_KEY
+    counts: NDArray[np.uint64]
+
+
+class Aggregates:
+    """Reads the tables, and makes room in them."""
+
+    def __init__(self, map_fds: Mapping[str, int]) -> None:
+        self._series = map_fds["all_series"]
+        self._buckets = map_fds["buckets"]
+        for number, (kind, status) in _OVERFLOW.items():
+            series = np.zeros(1, SERIES)
+            series["id"] = number
+            bpf.map_update(self._series, overflow_key(kind, status), series.tobytes())
+
+    def read(self) -> Counted:
+        """All of it. Buckets are read first, so that the series of each is there too."""
+        bucket_keys, counts = bpf.map_items(self._buckets, BUCKET_KEY.itemsize, _COUNT.itemsize)
+        keys, series = bpf.map_items(self._series, SERIES_KEY.itemsize, SERIES.itemsize)
+        return Counted(
+            np.frombuffer(keys, SERIES_KEY),
+            np.frombuffer(series, SERIES),
+            np.frombuffer(bucket_keys, BUCKET_KEY),
+            np.frombuffer(counts, _COUNT),
+        )
+
+    def forget(self, counted: Counted, before_ns: int) -> set[int]:
+        """Makes room: drops series that nothing was added to since (CLOCK_MONOTONIC); their ids.
+
+        `counted` is what was read last. A series goes before its buckets do; should a transaction
+        just be counted there, it finds a series of that name begun anew.
+        """
+        series = counted.series
+        idle = (series["last_ns"] < before_ns) & ~np.isin(series["id"], OVERFLOW_IDS)
+        gone = set(series["id"][idle].tolist())
+        for key in counted.keys[idle]:
+            bpf.map_delete(self._series, key.tobytes())
+        for key in counted.bucket_keys[np.isin(counted.bucket_keys["id"], list(gone))]:
+            bpf.map_delete(self._buckets, key.tobytes())
+        return gone

@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sizes of the kernel's tables, as user space chooses them before they are made."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+_MIB = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Numbers of entries, and of bytes for the rings (powers of two).
+
+    `slots`: transactions in flight, a power of two. `series` and `buckets`: of histograms; with
+    none, nothing is counted in the kernel, and every transaction leaves it.
+    """
+
+    slots: int = 8192
+    connections: int = 8192
+    verdicts: int = 262_144
+    small_ring: int = 8 * _MIB
+    large_ring: int = 2 * _MIB
+    segment_ring: int = 4 * _MIB
+    series: int = 0
+    buckets: int = 0
+
+    def macros(self) -> dict[str, int]:
+        """As bpf/maps.h wants them: rings in pages, however large this machine's are."""
+        page = os.sysconf("SC_PAGESIZE")
+        sizes = {
+            "SLOTS": self.slots,
+            "CONNECTIONS": self.connections,
+            "VERDICTS": self.verdicts,
+            "SMALL_PAGES": max(1, self.small_ring // page),
+            "LARGE_PAGES": max(1, self.large_ring // page),
+            "SEGMENT_PAGES": max(1, self.segment_ring // page),
+        }
+        if self.series:
+            sizes |= {"SERIES": self.series, "BUCKETS": self.buckets}
+        return sizes
+
+
+# Counted in the kernel, so that little leaves it: what fits into 16 MiB, tables included.
+CONTINUOUS = Limits(
+    slots=2048,
+    connections=2048,
+    verdicts=65_536,
+    small_ring=_MIB,
+    large_ring=_MIB // 2,
+    segment_ring=2 * _MIB,
+    series=4096,
+    buckets=65_536,
+)
