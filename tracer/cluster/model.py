@@ -17,7 +17,12 @@ class Container:
 
 @dataclass(frozen=True, slots=True)
 class Pod:
-    """`netns` is the inode number of its network namespace: the node's, if host_network."""
+    """`netns` is the inode number of its network namespace: the node's, if host_network.
+
+    `static_uid` is what the kubelet calls a static pod in its paths and cgroups, instead of `uid`;
+    "" of others. `phase` is Kubernetes' ("Running"); "" if unknown. One that has finished has no
+    addresses: they may be another pod's by now.
+    """
 
     namespace: str
     name: str
@@ -28,6 +33,9 @@ class Pod:
     netns: int | None
     labels: tuple[tuple[str, str], ...]
     containers: tuple[Container, ...]
+    static_uid: str = ""
+    phase: str = ""
+    deleting: bool = False
 
     @property
     def full_name(self) -> str:
@@ -37,13 +45,32 @@ class Pod:
 
 @dataclass(frozen=True, slots=True)
 class Service:
-    """`ips` are cluster IPs, `endpoints` the addresses of the pods behind."""
+    """`ips` are cluster IPs, `endpoints` the addresses of the pods behind.
+
+    Of a DNS service, `target_ports` are the ports that those listen on for DNS.
+    """
 
     namespace: str
     name: str
     ips: tuple[str, ...]
     ports: tuple[int, ...]
     endpoints: tuple[str, ...]
+    target_ports: tuple[int, ...] = ()
+    dns: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """Who is behind a DNS service, on whatever node. No pod: an address that somebody wrote down.
+
+    `ready` is whether the service sends queries there.
+    """
+
+    ip: str
+    namespace: str | None
+    pod: str | None
+    node: str | None
+    ready: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +84,10 @@ class Node:
 
 @dataclass(frozen=True, slots=True)
 class Inventory:
-    """Everything that is known at one time."""
+    """Everything that is known at one time; `gone` are pods that were deleted lately."""
 
     pods: tuple[Pod, ...] = ()
     services: tuple[Service, ...] = ()
     nodes: tuple[Node, ...] = ()
+    endpoints: tuple[Endpoint, ...] = ()
+    gone: tuple[Pod, ...] = ()

@@ -2,11 +2,12 @@
 """Pod metadata from a file: what `--pods FILE` reads, for hosts without an API server.
 
 The file is JSON: an object with lists `pods`, `services` and `nodes`; see README.md for the
-fields. Unknown fields are ignored, so that files may grow.
+fields. Unknown fields of these are ignored, so that files may grow.
 """
 
 from __future__ import annotations
 
+import ipaddress
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import orjson
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 _SIZE_MAX = 256 << 20
 _NETNS_MAX = 2**32 - 1  # inode numbers of namespaces have 32 bits
+_LISTS = ("pods", "services", "nodes")
 T = TypeVar("T")
 
 
@@ -37,6 +39,10 @@ def load(path: Path) -> Inventory:
         raise PodsFileError(f"pods file {path} is not JSON: {error}") from error
     if not isinstance(content, dict):
         raise PodsFileError(f"pods file {path} must hold an object with a list 'pods'")
+    for name in content:
+        if name not in _LISTS:
+            known = ", ".join(_LISTS)
+            raise PodsFileError(f"pods file {path}: {name!r} is unknown; there are: {known}")
     try:
         return Inventory(
             pods=tuple(_pod(_Fields(f"pods[{i}]", p)) for i, p in _entries(content, "pods")),
@@ -73,6 +79,22 @@ class _Fields:
             raise _Wrong(f"{self._where}.{name} must be a list, each {_KINDS[kind]}")
         return tuple(values)
 
+    def ips(self, name: str) -> tuple[str, ...]:
+        """Addresses, in the form in which they are compared."""
+        found = []
+        for text in self.many(name, str):
+            try:
+                found.append(str(ipaddress.ip_address(text)))
+            except ValueError as error:
+                raise _Wrong(f"{self._where}.{name}: {text!r} is not an IP address") from error
+        return tuple(found)
+
+    def ports(self, name: str) -> tuple[int, ...]:
+        numbers = self.many(name, int)
+        if not all(0 < number < 1 << 16 for number in numbers):
+            raise _Wrong(f"{self._where}.{name} must be ports, from 1 to 65535")
+        return numbers
+
     def netns(self) -> int | None:
         number = self.one("netns", int, 0)
         if not 0 <= number <= _NETNS_MAX:
@@ -104,7 +126,7 @@ def _pod(fields: _Fields) -> Pod:
         name=fields.one("name", str),
         uid=fields.one("uid", str, ""),
         node=fields.one("node", str, "") or None,
-        ips=fields.many("ips", str),
+        ips=fields.ips("ips"),
         host_network=fields.one("host_network", bool, False),
         netns=fields.netns(),
         labels=_labels(fields.one("labels", dict, {})),
@@ -125,14 +147,17 @@ def _container(fields: _Fields) -> Container:
 
 
 def _service(fields: _Fields) -> Service:
+    target_ports = fields.ports("target_ports")
     return Service(
         fields.one("namespace", str),
         fields.one("name", str),
-        fields.many("ips", str),
-        fields.many("ports", int),
-        fields.many("endpoints", str),
+        fields.ips("ips"),
+        fields.ports("ports"),
+        fields.ips("endpoints"),
+        target_ports,
+        dns=bool(target_ports),
     )
 
 
 def _node(fields: _Fields) -> Node:
-    return Node(fields.one("name", str), fields.many("ips", str), fields.netns())
+    return Node(fields.one("name", str), fields.ips("ips"), fields.netns())

@@ -1,20 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """The resolv.conf that a client's resolver reads: that of its mount namespace, not the node's.
 
-What lies there is up to the container: a FIFO that nobody writes to, a device, a link out of its
-root. So nothing is opened before it is known to be a file, and no link leads out.
+What lies there is up to the container, so it is read as host_files.py reads such things.
 """
 
 from __future__ import annotations
 
-import ctypes
 import os
-import stat
-import struct
 import time
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
+from tracer.cluster.host_files import read_regular
 from tracer.cluster.resolvconf import ResolvConf, parse
 
 if TYPE_CHECKING:
@@ -26,11 +23,6 @@ if TYPE_CHECKING:
 _KEEP_S = 30.0
 _KNOWN_MAX = 4096
 _FILE_MAX = 64 << 10
-# include/uapi/linux/openat2.h; the number is the same on all architectures.
-_SYS_OPENAT2 = 437
-_OPEN_HOW = struct.Struct("=QQQ")  # flags, mode, resolve
-_RESOLVE_NO_MAGICLINKS = 0x02
-_RESOLVE_IN_ROOT = 0x10
 
 
 class Resolvers:
@@ -88,28 +80,6 @@ def _read_in_root(pid: int | None, netns: int | None) -> bytes | None:
     finally:
         os.close(process)
     try:
-        place = _openat2(root, b"etc/resolv.conf", os.O_PATH | os.O_CLOEXEC)
+        return read_regular(root, "etc/resolv.conf", _FILE_MAX)
     finally:
         os.close(root)
-    try:
-        if not stat.S_ISREG(os.fstat(place).st_mode):
-            return None
-        flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY
-        with open(os.open(f"/proc/self/fd/{place}", flags), "rb") as file:
-            return file.read(_FILE_MAX)
-    finally:
-        os.close(place)
-
-
-def _openat2(root: int, path: bytes, flags: int) -> int:
-    """Opens what `path` is to a process whose root directory it is. Raises OSError."""
-    how = _OPEN_HOW.pack(flags, 0, _RESOLVE_IN_ROOT | _RESOLVE_NO_MAGICLINKS)
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.syscall.restype = ctypes.c_long
-    made = libc.syscall(
-        ctypes.c_long(_SYS_OPENAT2), ctypes.c_int(root), path, how, ctypes.c_size_t(len(how))
-    )
-    if made < 0:
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number))
-    return int(made)

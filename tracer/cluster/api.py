@@ -1,0 +1,479 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The way to the API server: where it is written down, and requests to it.
+
+The `kubernetes` client reads configurations, authenticates and makes connections. What comes back
+is handed on as bytes: its model objects take a hundred kilobytes per pod. It is imported where a
+connection is made, which is not in the thread that traces.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import pwd
+import socket
+import tempfile
+import threading
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import orjson
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+_SERVICE_ACCOUNT = "/var/run/secrets/kubernetes.io/serviceaccount/token"
+# What installers leave on a node; the kubelet's own may read what is on its node.
+_WELL_KNOWN = (
+    "/etc/kubernetes/admin.conf",
+    "/etc/rancher/k3s/k3s.yaml",
+    "/etc/rancher/rke2/rke2.yaml",
+    "/var/lib/k0s/pki/admin.conf",
+    "/var/snap/microk8s/current/credentials/client.config",
+    "/etc/kubernetes/kubelet.conf",
+    "/var/lib/kubelet/kubeconfig",
+)
+_CONFIG_MAX = 16 << 20
+_WORDS_MAX = 200
+_ERROR_BODY_MAX = 64 << 10
+_BODY_MAX = 128 << 20
+_PIECE = 64 << 10
+_PATIENCE_S = 30.0
+# A peer that is gone is noticed within 25 s, even where it owes no answer.
+_KEEPALIVE = (
+    (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
+    (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 10),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 5),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3),
+)
+
+
+class ConfigError(Exception):
+    """The configuration of a cluster cannot be used. One line: what is wrong, and where."""
+
+
+class RequestError(Exception):
+    """No answer, or one that says no: `status` is HTTP's, None if there was none. One line."""
+
+    def __init__(self, words: str, status: int | None = None, retry_after_s: float = 0.0) -> None:
+        super().__init__(one_line(words))
+        self.status = status
+        self.retry_after_s = retry_after_s
+
+
+class Silence(RequestError):
+    """Nothing came for as long as one was ready to wait."""
+
+
+def one_line(text: str) -> str:
+    """Text of strangers, so that it can be shown within a line."""
+    words = " ".join("".join(c if c.isprintable() else " " for c in text[:4096]).split())
+    return words if len(words) <= _WORDS_MAX else words[: _WORDS_MAX - 1] + "…"
+
+
+@dataclass(frozen=True, slots=True)
+class ApiSource:
+    """Where the way to an API server is written down.
+
+    `paths` are kubeconfig files that complement each other; none is the pod's service account.
+    `found` says how it was chosen.
+    """
+
+    paths: tuple[str, ...]
+    context: str | None
+    found: str
+
+    def __str__(self) -> str:
+        if not self.paths:
+            return f"this pod's service account ({self.found})"
+        context = f", context {one_line(self.context)}" if self.context else ""
+        return f"{one_line(':'.join(self.paths))} ({self.found}{context})"
+
+    def connect(self) -> Connection:
+        """Reads the configuration; makes no request yet. Raises ConfigError.
+
+        May run a command, if the configuration says that one has the credentials.
+        """
+        return Connection(self)
+
+
+def find(
+    kubeconfig: str | None = None,
+    context: str | None = None,
+    environ: Mapping[str, str] = os.environ,
+) -> ApiSource | None:
+    """Where kubectl would look, then where installers leave it; None if this host has nothing.
+
+    Raises ConfigError if what was asked for by name is not there.
+    """
+    source = _find(kubeconfig, context, environ)
+    if context is not None:
+        if source is None or not source.paths:
+            raise ConfigError(
+                f"--context {one_line(context)} needs a kubeconfig: give --kubeconfig"
+            )
+        _check_context(source.paths, context)
+    return source
+
+
+def _find(
+    kubeconfig: str | None, context: str | None, environ: Mapping[str, str]
+) -> ApiSource | None:
+    if kubeconfig is not None:
+        path = os.path.abspath(kubeconfig)
+        try:
+            os.stat(path)  # not opened: what is in a pipe can be read only once
+        except OSError as error:
+            what = f"cannot read kubeconfig {kubeconfig}: {error.strerror}"
+            raise ConfigError(one_line(what)) from error
+        return ApiSource((path,), context, "--kubeconfig")
+    named = [os.path.expanduser(path) for path in environ.get("KUBECONFIG", "").split(":") if path]
+    paths = tuple(os.path.abspath(path) for path in named if os.path.isfile(path))
+    if paths:
+        return ApiSource(paths, context, "KUBECONFIG")
+    if named:
+        # Whoever wrote it means another cluster than one that is found elsewhere.
+        raise ConfigError(one_line(f"no file is where KUBECONFIG says: {':'.join(named)}"))
+    for home, whose in _homes(environ):
+        path = os.path.join(home, ".kube/config")
+        if os.path.isfile(path):
+            return ApiSource((path,), context, whose)
+    if environ.get("KUBERNETES_SERVICE_HOST") and os.path.isfile(_SERVICE_ACCOUNT):
+        return ApiSource((), None, "KUBERNETES_SERVICE_HOST")
+    for path in _WELL_KNOWN:
+        if os.access(path, os.R_OK):
+            return ApiSource((path,), context, "found on this node")
+    return None
+
+
+def _homes(environ: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    yield environ.get("HOME") or os.path.expanduser("~"), "of this user"
+    user = environ.get("SUDO_USER")
+    if user and os.geteuid() == 0:
+        with suppress(KeyError, ValueError):
+            yield pwd.getpwnam(user).pw_dir, one_line(f"of {user}, by sudo")
+
+
+def _check_context(paths: tuple[str, ...], context: str) -> None:
+    """Raises ConfigError if no file has the context, or if one is no kubeconfig."""
+    import yaml
+
+    known: list[str] = []
+    for path in paths:
+        try:
+            with open(path, "rb") as file:
+                content = yaml.safe_load(file.read(_CONFIG_MAX))
+            known += [str(entry["name"]) for entry in content.get("contexts") or ()]
+        except OSError as error:
+            raise ConfigError(one_line(f"cannot read {path}: {error.strerror}")) from error
+        except (yaml.YAMLError, AttributeError, LookupError, TypeError, ValueError) as error:
+            raise ConfigError(one_line(f"{path} is not a kubeconfig")) from error
+    if context not in known:
+        have = f"; there are: {', '.join(known[:10])}" if known else ""
+        raise ConfigError(one_line(f"there is no context {context} in {':'.join(paths)}{have}"))
+
+
+class Connection:
+    """Requests to an API server, from any thread. `made` counts them.
+
+    Credentials that the server no longer takes are read again.
+    """
+
+    def __init__(self, source: ApiSource) -> None:
+        self.made = 0
+        self._source = source
+        self._lock = threading.Lock()
+        self._files: list[int] = []
+        self._loaded = 0  # how often
+        self._load()
+
+    @property
+    def server(self) -> str:
+        """The API server's URL."""
+        return one_line(str(self._configuration.host))
+
+    def get(
+        self,
+        path: str,
+        query: Mapping[str, str] | None = None,
+        *,
+        accept: str = "application/json",
+        patience_s: float = _PATIENCE_S,
+    ) -> Any:
+        """What the server has there, parsed. Raises RequestError."""
+        with self.stream(path, query, accept=accept, patience_s=patience_s) as stream:
+            body = stream.rest()
+        try:
+            return orjson.loads(body)
+        except orjson.JSONDecodeError as error:
+            raise RequestError(f"{self.server} does not answer in JSON: {error}") from error
+
+    @contextmanager
+    def stream(
+        self,
+        path: str,
+        query: Mapping[str, str] | None = None,
+        *,
+        accept: str = "application/json",
+        patience_s: float = _PATIENCE_S,
+    ) -> Iterator[Stream]:
+        """The bytes of an answer, as they come. Raises RequestError, in the block too.
+
+        Patience is for each piece of it; to connect, a part of it must do.
+        """
+        import urllib3
+
+        loaded = self._loaded
+        response = None
+        try:
+            with _in_words(self.server, patience_s):
+                self.made += 1
+                response = self._pool.request(
+                    "GET",
+                    self._configuration.host + path,
+                    fields=query,
+                    headers={"Accept": accept, "User-Agent": "dnstrace", **self._authorization()},
+                    timeout=urllib3.Timeout(connect=min(patience_s, 5.0), read=patience_s),
+                    preload_content=False,
+                    retries=False,
+                    redirect=False,
+                )
+            stream = Stream(response, self.server, patience_s)
+            if response.status == 401:
+                self._load_again(loaded)
+            if response.status != 200:
+                raise _refusal(stream, response.status, response.headers)
+            yield stream
+        finally:
+            if response is not None:
+                # Of what was not read to the end, the connection cannot be used again.
+                with suppress(OSError, urllib3.exceptions.HTTPError):
+                    response.close()
+
+    def close(self) -> None:
+        """No requests may be made any more."""
+        self._pool.clear()
+        _close(self._files)
+
+    def _authorization(self) -> dict[str, str]:
+        with self._lock:  # it may read a file or run a command to have a fresh token
+            setting = self._configuration.auth_settings().get("BearerToken")
+        value = setting and setting.get("value")
+        return {"Authorization": str(value).strip()} if value else {}
+
+    def _load_again(self, loaded: int) -> None:
+        """Reads the configuration again, unless another thread has done so since."""
+        with self._lock:
+            if self._loaded == loaded:
+                with suppress(ConfigError):  # what there was may be taken again later
+                    self._load()
+
+    def _load(self) -> None:
+        from kubernetes.client import Configuration
+        from kubernetes.client.rest import RESTClientObject
+
+        configuration = Configuration()
+        files: list[int] = []
+        try:
+            with tempfile.TemporaryDirectory(prefix="dnstrace-") as directory:
+                self._read_configuration(configuration, directory)
+                for name in ("ssl_ca_cert", "cert_file", "key_file"):
+                    files += _keep_in_memory(configuration, name, directory)
+            configuration.socket_options = list(_KEEPALIVE)
+            configuration.connection_pool_maxsize = 16
+            pool = RESTClientObject(configuration).pool_manager
+        except (ImportError, OSError, ValueError) as error:  # of a proxy's URL; of a full disk
+            _close(files)
+            raise ConfigError(one_line(f"{self._source}: {error}")) from error
+        except ConfigError:
+            _close(files)
+            raise
+        if not configuration.verify_ssl:
+            import urllib3
+
+            urllib3.disable_warnings(urllib3.exceptions.InsecureRequestWarning)
+        self._configuration, self._pool = configuration, pool
+        self._loaded += 1
+        _close(self._files)
+        self._files = files
+
+    def _read_configuration(self, configuration: Any, directory: str) -> None:
+        """Raises ConfigError."""
+        import yaml
+        from kubernetes import config
+
+        # The client takes what is in a file for granted; it need not be a kubeconfig at all.
+        try:
+            if not self._source.paths:
+                config.load_incluster_config(configuration)
+                return
+            configuration.host = ""
+            with _listening() as heard:
+                config.load_kube_config(
+                    ":".join(self._source.paths),
+                    self._source.context,
+                    configuration,
+                    persist_config=False,
+                    temp_file_path=directory,
+                )
+        except config.ConfigException as error:
+            raise ConfigError(one_line(f"{self._source}: {error}")) from error
+        except OSError as error:
+            what = f"{error.filename or ''} {error.strerror}"
+            raise ConfigError(one_line(f"{self._source}: {what}")) from error
+        except (
+            yaml.YAMLError, AttributeError, LookupError, TypeError, ValueError,
+        ) as error:  # fmt: skip
+            raise ConfigError(one_line(f"{self._source} is not a kubeconfig: {error}")) from error
+        if heard.words:
+            raise ConfigError(one_line(f"{self._source} gives no credentials: {heard.words}"))
+        if not str(configuration.host).startswith(("https://", "http://")):
+            raise ConfigError(one_line(f"{self._source} names no server"))
+
+
+class Stream:
+    """An answer's bytes."""
+
+    def __init__(self, response: Any, server: str, patience_s: float) -> None:
+        self._response = response
+        self._server = server
+        self._patience_s = patience_s
+
+    def pieces(self) -> Iterator[bytes]:
+        """Each as soon as it is there. Raises RequestError."""
+        pieces = self._response.stream(_PIECE, decode_content=False)
+        while True:
+            with _in_words(self._server, self._patience_s):
+                piece = next(pieces, None)
+            if piece is None:
+                return
+            yield piece
+
+    def rest(self, at_most: int = _BODY_MAX) -> bytes:
+        """All of it. Raises RequestError if that is more than one should take."""
+        body = bytearray()
+        for piece in self.pieces():
+            body += piece
+            if len(body) > at_most:
+                raise RequestError(f"an answer is larger than {at_most >> 20} MiB")
+        return bytes(body)
+
+    def cut(self) -> None:
+        """Ends it, for whoever waits for its next piece in another thread."""
+        with suppress(OSError, ValueError, RuntimeError, AttributeError):
+            self._response.shutdown()
+
+
+class _Heard(logging.Handler):
+    """Keeps what the client says of credentials; else it would print that, and go on without."""
+
+    words = ""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.words = record.getMessage()
+
+
+@contextmanager
+def _listening() -> Iterator[_Heard]:
+    log, heard = logging.getLogger(), _Heard(logging.ERROR)
+    log.addHandler(heard)
+    try:
+        yield heard
+    finally:
+        # Without any handler, the client's next word would have one made that prints.
+        if not any(isinstance(handler, logging.NullHandler) for handler in log.handlers):
+            log.addHandler(logging.NullHandler())
+        log.removeHandler(heard)
+
+
+def _keep_in_memory(configuration: Any, name: str, directory: str) -> list[int]:
+    """Moves a file into memory, as TLS takes keys from files only: none stays if we are killed."""
+    path = str(getattr(configuration, name) or "")
+    if not path.startswith(directory + "/"):
+        return []
+    with open(path, "rb") as file:
+        content = file.read(_CONFIG_MAX)
+    kept = os.memfd_create(f"dnstrace-{name}")
+    os.write(kept, content)
+    setattr(configuration, name, f"/proc/self/fd/{kept}")
+    return [kept]
+
+
+def _close(files: list[int]) -> None:
+    while files:
+        os.close(files.pop())
+
+
+@contextmanager
+def _in_words(server: str, patience_s: float) -> Iterator[None]:
+    """Turns what may go wrong with a connection into RequestError."""
+    import urllib3
+
+    try:
+        yield
+    except (urllib3.exceptions.ReadTimeoutError, TimeoutError) as error:
+        raise Silence(f"no answer within {patience_s:g} s") from error
+    except (urllib3.exceptions.HTTPError, OSError) as error:
+        raise RequestError(_words(error, server)) from error
+    except (ValueError, AttributeError) as error:  # of a socket that was closed meanwhile, or a URL
+        raise RequestError(f"the connection to {server} broke: {error}") from error
+
+
+def _words(error: BaseException, server: str) -> str:
+    """What an error of a connection means. The reason is in one of its causes."""
+    import urllib3
+
+    seen: BaseException | None = error
+    for _ in range(8):
+        if seen is None:
+            break
+        words = _meaning(seen, server)
+        if words:
+            return words
+        seen = seen.__cause__ or seen.__context__ or _reason(seen)
+    if isinstance(error, urllib3.exceptions.ConnectTimeoutError):
+        return f"no answer from {server}"
+    if isinstance(error, urllib3.exceptions.ProtocolError):
+        return "the connection broke"
+    return f"{type(error).__name__}: {error}"
+
+
+def _meaning(error: BaseException, server: str) -> str | None:
+    import ssl
+
+    import urllib3
+
+    words = None
+    match error:
+        case ssl.SSLCertVerificationError():
+            words = f"{server} is not trusted: {error.verify_message or error.reason}"
+        case ssl.SSLError():
+            words = f"TLS with {server} failed: {error.reason or error}"
+        case urllib3.exceptions.NameResolutionError() | socket.gaierror():
+            words = f"the name of {server} cannot be resolved"
+        case OSError() if error.errno is not None and error.errno in errno.errorcode:
+            words = os.strerror(error.errno).lower()
+    return words
+
+
+def _reason(error: BaseException) -> BaseException | None:
+    """urllib3 puts the cause into an attribute, or among the arguments."""
+    for held in (getattr(error, "reason", None), *error.args):
+        if isinstance(held, BaseException):
+            return held
+    return None
+
+
+def _refusal(stream: Stream, status: int, headers: Mapping[str, str]) -> RequestError:
+    """The server's own words, if it has some."""
+    message = ""
+    with suppress(RequestError, orjson.JSONDecodeError):
+        body = orjson.loads(stream.rest(_ERROR_BODY_MAX))
+        if isinstance(body, dict) and isinstance(body.get("message"), str):
+            message = body["message"]
+    after = headers.get("Retry-After", "")
+    retry_after_s = float(after) if after.isascii() and after.isdigit() and len(after) < 4 else 0.0
+    return RequestError(f"HTTP {status}{': ' + message if message else ''}", status, retry_after_s)
