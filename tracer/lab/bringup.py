@@ -8,15 +8,21 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tracer.lab import (
     cgroups,
-    coredns_build,
+    cluster_objects,
+    control_plane,
     entering,
+    go_build,
     network,
+    node_local,
     pods_file,
+    sandbox,
     servers,
     services,
+    shape,
     state,
     teardown,
     topology,
@@ -24,6 +30,12 @@ from tracer.lab import (
 from tracer.lab.commands import find, in_netns, require, run
 from tracer.lab.errors import LabError
 from tracer.lab.state import Options, Process, State
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from tracer.lab.shape import Shape
+    from tracer.lab.topology import Pod
 
 UPSTREAM_SERVER = "upstream"
 UPSTREAM_CGROUP = "system.slice/upstream.service"
@@ -36,16 +48,16 @@ RESTORE_TOOLS = {
 PER_NODE = {"both": {"node1": "nft", "node2": "legacy"}}
 
 
-def require_tools() -> None:
+def require_tools(options: Options) -> None:
     tools = ["ip", "bridge", "nsenter", "unshare", "setsid", "mount", "iptables-restore"]
-    require(tools)
+    require([*tools, "openssl"] if options.api else tools)
 
 
 def server_binary(resolver: str) -> tuple[str, Path]:
     """(kind of server, its binary) for --resolver auto, coredns or unbound."""
     if resolver != "unbound":
         try:
-            return "coredns", coredns_build.binary()
+            return "coredns", go_build.binary(go_build.COREDNS)
         except LabError as error:
             if resolver == "coredns" or find("unbound") is None:
                 raise
@@ -56,7 +68,7 @@ def server_binary(resolver: str) -> tuple[str, Path]:
 
 def _copied(program: Path) -> Path:
     """A copy elsewhere: AppArmor confines unbound by its path, to the system's own zones."""
-    copy = coredns_build.cache_dir() / "unbound" / program.name
+    copy = go_build.cache_dir() / "unbound" / program.name
     copy.parent.mkdir(parents=True, exist_ok=True)
     if not copy.exists() or copy.stat().st_mtime != program.stat().st_mtime:
         new = copy.with_name(f"{program.name}.{os.getpid()}")
@@ -67,51 +79,64 @@ def _copied(program: Path) -> Path:
 
 def bring_up(options: Options, server: tuple[str, Path], lock: int) -> None:
     """Makes the whole lab in an empty run directory; leaves it half made if it raises."""
+    cluster = shape.of(options)
+    if cluster.node_local_ips and server[0] != "coredns":
+        raise LabError("a cache on each node is a CoreDNS: leave out --resolver unbound")
     teardown.own(topology.namespaces())
     for directory in (state.LOGS, state.POD_FILES, state.SERVER_FILES, state.ENTER):
         directory.mkdir()
     mount = cgroups.mount(state.OWN_CGROUP_MOUNT)
     parent = mount / cgroups.PARENT
-    for cgroup in (UPSTREAM_CGROUP, *(pod.cgroup for pod in topology.PODS)):
-        cgroups.make(parent / cgroup)
-    _write_pod_files()
+    # First, for it takes the longest to be ready.
+    port = control_plane.prepare() if options.api else None
+    control = {} if port is None else control_plane.start(port, parent)
+    cgroups.make(parent / UPSTREAM_CGROUP)
+    _write_node_files()
     _make_network(options, lock)
-    _make_services(options.iptables, lock)
-    processes = _start_pods(parent)
-    processes |= _start_servers(options, server, parent)
-    state.write_whole(state.PODS_FILE, json.dumps(pods_file.content(), indent=1) + "\n")
-    state.save(State(options, state.boot_id(), str(mount), server[0], tuple(processes.values())))
+    if cluster.node_local_ips:
+        node_local.make_devices(cluster.node_local_ips, lock)
+    _make_services(options.iptables, cluster, lock)
+    pods = sandbox.make(cluster.pods, parent, options, lock=lock)
+    servers_started = _start_servers(options, cluster, server, parent)
+    write_pods_file(cluster.pods, options)
+    if port is not None:
+        control_plane.wait_until_ready(control[control_plane.SERVER], port)
+        _make_objects(port, cluster)
+    processes = (*pods.values(), *servers_started.values(), *control.values())
+    state.save(State(options, state.boot_id(), str(mount), server[0], processes, port))
 
 
-def _write_pod_files() -> None:
-    """/etc files of each pod and node; also where `ip netns exec` looks for them."""
+def write_pods_file(pods: Iterable[Pod], options: Options) -> None:
+    text = json.dumps(pods_file.content(pods, shape.of(options).services), indent=1) + "\n"
+    state.write_whole(state.PODS_FILE, text)
+
+
+def _make_objects(port: int, cluster: Shape) -> None:
+    """What the API server tells of the lab, and the tracer's way to it."""
+    from kubernetes.client import ApiException
+
+    try:
+        with cluster_objects.connect(control_plane.ADMIN_KUBECONFIG) as api:
+            cluster_objects.create_topology(api, cluster)
+            token = cluster_objects.grant_tracer(api)
+    except ApiException as error:
+        raise LabError(f"the API server refused an object ({error.body}): try again") from error
+    control_plane.write_kubeconfig(control_plane.KUBECONFIG, port, token)
+
+
+def _write_node_files() -> None:
+    """/etc files of each node, where `ip netns exec` looks for them."""
     teardown.NETNS_FILES.mkdir(exist_ok=True)
-    for pod in topology.PODS:
-        directory = state.POD_FILES / pod.file_name
-        hostname = pod.node.name if pod.host_network else pod.name
-        hosts = f"127.0.0.1 localhost\n::1 localhost\n{pod.ips[0]} {hostname}\n"
-        _etc(directory, topology.resolv_conf(pod), hosts, hostname)
-        if not pod.host_network:
-            (teardown.NETNS_FILES / pod.netns).symlink_to(directory)
     for node in topology.NODES:
         directory = state.POD_FILES / node.name
-        hosts = f"127.0.0.1 localhost\n::1 localhost\n{node.ips[0]} {node.name}\n"
-        _etc(directory, topology.node_resolv_conf(), hosts, node.name)
+        sandbox.write_etc(directory, topology.node_resolv_conf(), node.ips[0], node.name)
         (teardown.NETNS_FILES / node.netns).symlink_to(directory)
 
 
-def _etc(directory: Path, resolv_conf: str, hosts: str, hostname: str) -> None:
-    directory.mkdir()
-    (directory / "resolv.conf").write_text(resolv_conf)
-    nsswitch = "passwd: files\ngroup: files\nhosts: files dns\n"
-    files = {"hosts": hosts, "hostname": hostname + "\n", "nsswitch.conf": nsswitch}
-    for name, text in files.items():
-        if Path("/etc", name).is_file():  # else there is nothing to mount it on
-            (directory / name).write_text(text)
-
-
 def _make_network(options: Options, lock: int) -> None:
-    add = "".join(f"netns add {name}\n" for name in topology.namespaces())
+    """The wire, the nodes and the world outside; the pods come later."""
+    names = (topology.FABRIC, topology.UPSTREAM, *(node.netns for node in topology.NODES))
+    add = "".join(f"netns add {name}\n" for name in names)
     run(["ip", "-batch", "-"], stdin=add, keep_fd=lock)
     for name, script in network.sysctl_scripts():
         run(in_netns(name, ["/bin/sh", "-c", script]), keep_fd=lock)
@@ -123,13 +148,17 @@ def _make_network(options: Options, lock: int) -> None:
             run(["bridge", "-n", node.netns, "-batch", "-"], stdin=entries, keep_fd=lock)
 
 
-def _make_services(wanted: str, lock: int) -> None:
+def _make_services(wanted: str, cluster: Shape, lock: int) -> None:
+    rules = {family: services.restore_input(cluster.services, family) for family in (4, 6)}
+    rules[4] += node_local.restore_input(cluster.node_local_ips)
     for node in topology.NODES:
         variant = PER_NODE.get(wanted, {}).get(node.name, wanted)
-        _make_services_of(node, RESTORE_TOOLS[variant], lock)
+        _restore(node, rules, RESTORE_TOOLS[variant], lock)
 
 
-def _make_services_of(node: topology.Node, patterns: tuple[str, ...], lock: int) -> None:
+def _restore(
+    node: topology.Node, rules: Mapping[int, str], patterns: tuple[str, ...], lock: int
+) -> None:
     """Both families, with the first variant of iptables that takes the rules."""
     failure = LabError("no iptables here: apt install iptables", status=3)
     for pattern in patterns:
@@ -138,50 +167,46 @@ def _make_services_of(node: topology.Node, patterns: tuple[str, ...], lock: int)
             continue
         try:
             for family, tool in tools.items():
-                rules = services.restore_input(topology.SERVICES, family)
-                run(in_netns(node.netns, [find(tool) or tool]), stdin=rules, keep_fd=lock)
+                argv = in_netns(node.netns, [find(tool) or tool])
+                run(argv, stdin=rules[family], keep_fd=lock)
             return
         except LabError as error:
             failure = error
     raise failure
 
 
-def _start_pods(parent: Path) -> dict[str, Process]:
-    holder = state.RUN_DIR / entering.HOLDER
-    holder.symlink_to("/bin/sh")
-    os.mkfifo(f"{holder}.wait")
-    commands = {}
-    for pod in topology.PODS:
-        files = state.POD_FILES / pod.file_name
-        script = f"hold_{pod.file_name}"
-        text = entering.holder_script(pod, parent / pod.cgroup, files, holder)
-        entering.write_script(script, text)
-        commands[pod.file_name] = entering.command(script)
-    started = entering.start(commands)
-    entering.wait_until_held(started.values())
-    for pod in topology.PODS:
-        pid = started[pod.file_name].pid
-        text = entering.enter_script(pod, parent / pod.cgroup, pid)
-        entering.write_script(pod.file_name, text)
-    return started
-
-
-def _start_servers(options: Options, server: tuple[str, Path], parent: Path) -> dict[str, Process]:
+def _start_servers(
+    options: Options, cluster: Shape, server: tuple[str, Path], parent: Path
+) -> dict[str, Process]:
     kind, binary = server
     make = servers.coredns if kind == "coredns" else servers.unbound
     outside = entering.outside_script(topology.UPSTREAM, parent / UPSTREAM_CGROUP)
     entering.write_script(UPSTREAM_SERVER, outside)
     scripts = {UPSTREAM_SERVER: UPSTREAM_SERVER}
-    for pod in topology.DNS_PODS:
-        scripts[f"dns-{pod.node.name}"] = pod.file_name
+    served = {}
+    quiet = options.quiet_servers
+    served[UPSTREAM_SERVER] = make(binary, _directory(UPSTREAM_SERVER), None, quiet=quiet)
+    for pod in cluster.pods:
+        if pod.app == topology.DNS_APP:
+            name = f"dns-{pod.node.name}"
+            served[name] = make(binary, _directory(name), cluster, quiet=quiet)
+        elif pod.app == topology.NODE_LOCAL_APP:
+            name = f"node-local-{pod.node.name}"
+            served[name] = servers.node_local(binary, _directory(name), cluster, quiet=quiet)
+        else:
+            continue
+        scripts[name] = pod.file_name
     commands = {}
-    for name, script in scripts.items():
-        directory = state.SERVER_FILES / name
-        directory.mkdir()
-        plan = make(binary, directory, cluster=name != UPSTREAM_SERVER, quiet=options.quiet_servers)
+    for name, plan in served.items():
         for file, text in plan.files.items():
-            (directory / file).write_text(text)
-        commands[name] = [*entering.command(script), *plan.argv]
+            (_directory(name) / file).write_text(text)
+        commands[name] = [*entering.command(scripts[name]), *plan.argv]
     started = entering.start(commands)
-    entering.wait_until_listening(started.values())
+    entering.wait_until_listening(started, served)
     return started
+
+
+def _directory(server: str) -> Path:
+    directory = state.SERVER_FILES / server
+    directory.mkdir(exist_ok=True)
+    return directory

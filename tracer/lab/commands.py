@@ -20,6 +20,7 @@ PACKAGES: Mapping[str, str] = {
     "ip6tables-restore": "iptables",
     "mount": "mount",
     "nsenter": "util-linux",
+    "openssl": "openssl",
     "setsid": "util-linux",
     "unshare": "util-linux",
     "unbound": "unbound",

@@ -11,6 +11,7 @@ from __future__ import annotations
 import shlex
 import subprocess
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,12 +22,12 @@ from tracer.lab.state import ENTER, LOGS, OVERLAYS, Process, start_time
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
+    from tracer.lab.servers import Server
     from tracer.lab.topology import Pod
 
 HOLDER = "pause"
 START_TIMEOUT_S = 60.0
 _POLL_S = 0.002
-_LISTENING = ":0035 "
 
 _OWN_FILES = """\
 if [ -L /etc/resolv.conf ] || [ ! -e /etc/resolv.conf ]; then
@@ -78,6 +79,11 @@ def outside_script(netns: str, cgroup: Path) -> str:
     return _script(title, cgroup, f'nsenter --net={netns_path(netns)} -- "$@"')
 
 
+def host_script(cgroup: Path, directory: Path) -> str:
+    """Runs its arguments in the host's own namespaces, from a directory."""
+    return _script("Runs a command on the host.", cgroup, f'env --chdir={directory} -- "$@"')
+
+
 def _script(title: str, cgroup: Path, command: str) -> str:
     return f"#!/bin/sh\n# {title}\necho 0 > {cgroup}/cgroup.procs || exit 125\nexec {command}\n"
 
@@ -117,31 +123,38 @@ def start(commands: Mapping[str, Iterable[str]]) -> dict[str, Process]:
 def wait_until_held(processes: Iterable[Process]) -> None:
     """Returns when each holder has its namespaces ready."""
     for process in processes:
-        _wait(process, _holds)
+        wait_until(process, _holds)
 
 
-def wait_until_listening(processes: Iterable[Process]) -> None:
-    """Returns when each server has its UDP and TCP sockets on port 53."""
-    for process in processes:
-        _wait(process, _listens)
+def wait_until_listening(processes: Mapping[str, Process], served: Mapping[str, Server]) -> None:
+    """Returns when each server, by name, has its UDP and TCP sockets."""
+    for name, process in processes.items():
+        wait_until(process, partial(_listens, sockets=served[name].sockets))
 
 
 def _holds(pid: int) -> bool:
     return _read(pid, "comm").strip() == HOLDER
 
 
-def _listens(pid: int) -> bool:
-    return all(_LISTENING in _read(pid, f"net/{table}") for table in ("udp6", "tcp6"))
+def _listens(pid: int, sockets: Mapping[str, str]) -> bool:
+    return all(socket in _read(pid, f"net/{table}") for table, socket in sockets.items())
 
 
-def _wait(process: Process, ready: Callable[[int], bool]) -> None:
-    deadline = time.monotonic() + START_TIMEOUT_S
+def wait_until(
+    process: Process,
+    ready: Callable[[int], bool],
+    *,
+    timeout_s: float = START_TIMEOUT_S,
+    poll_s: float = _POLL_S,
+) -> None:
+    """Returns when `ready` says so of the pid; LabError if the process ends, or takes too long."""
+    deadline = time.monotonic() + timeout_s
     while not ready(process.pid):
         if not process.alive():
             raise _ended(process.name)
         if time.monotonic() > deadline:
-            raise LabError(f"{process.name} is not ready after {START_TIMEOUT_S:.0f} s: try again")
-        time.sleep(_POLL_S)
+            raise LabError(f"{process.name} is not ready after {timeout_s:.0f} s: try again")
+        time.sleep(poll_s)
 
 
 def _read(pid: int, name: str) -> str:

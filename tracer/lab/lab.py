@@ -4,17 +4,33 @@
 from __future__ import annotations
 
 import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from tracer.lab import bringup, cgroups, commands, entering, pods_file, state, teardown, topology
+from tracer.lab import (
+    bringup,
+    cgroups,
+    changes,
+    cluster_objects,
+    commands,
+    control_plane,
+    entering,
+    go_build,
+    pods_file,
+    state,
+    teardown,
+    topology,
+)
 from tracer.lab.errors import LabError
 from tracer.lab.state import Options, State
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
     from types import TracebackType
+
+    from kubernetes.client import ApiClient
 
 DEFAULT_POD = "sre/web-0"
 
@@ -54,20 +70,36 @@ class Lab:
         resolver: str = "auto",
         quiet_servers: bool = False,
         iptables: str = "auto",
+        api: bool = False,
+        node_local: str = "no",
+        dns_port: int = topology.DNS_PORT,
     ) -> None:
-        self.options = Options(overlay, resolver, quiet_servers, iptables)
+        self.options = Options(
+            overlay=overlay,
+            resolver=resolver,
+            quiet_servers=quiet_servers,
+            iptables=iptables,
+            api=api,
+            node_local=node_local,
+            dns_port=dns_port,
+        )
+        self._client: ApiClient | None = None
 
     def up(self) -> bool:
         """Brings the lab up; False if it already was, with the same options."""
         commands.require_root()
-        bringup.require_tools()
+        bringup.require_tools(self.options)
         server = None
         while True:
             with state.locked() as lock:
                 current = state.load()
-                if current is not None and current.options == self.options and current.alive():
+                if current is not None and current.options == self.options and current.whole():
                     return False
+                self._disconnect()
                 if any(state.RUN_DIR.iterdir()):
+                    if current and current.alive() and current.options != self.options:
+                        said = "lab: replaces the one that was up, which had other options"
+                        print(said, file=sys.stderr)
                     teardown.tear_down(lock)
                     continue
                 if server is not None:
@@ -75,6 +107,8 @@ class Lab:
                     return True
                 state.RUN_DIR.rmdir()
             server = bringup.server_binary(self.options.resolver)
+            if self.options.api:
+                go_build.binary(go_build.APISERVER)
 
     def _bring_up(self, server: tuple[str, Path], lock: int) -> None:
         try:
@@ -90,6 +124,7 @@ class Lab:
     def down(self) -> bool:
         """Removes the lab; False if there was none."""
         commands.require_root()
+        self._disconnect()
         if not state.RUN_DIR.exists():
             return False
         with state.locked() as lock:
@@ -128,7 +163,7 @@ class Lab:
     @property
     def pods(self) -> list[RunningPod]:
         current = self.state
-        return [_running(current, pod) for pod in topology.PODS]
+        return [_running(current, pod) for pod in current.pods]
 
     @property
     def dns_pods(self) -> list[RunningPod]:
@@ -138,7 +173,81 @@ class Lab:
 
     def pod(self, name: str) -> RunningPod:
         """The pod NAMESPACE/NAME; LabError if there is no such pod, or no lab."""
-        return _running(self.state, _named(name))
+        current = self.state
+        return _running(current, _named(name, current.pods))
+
+    def add_pod(
+        self,
+        namespace: str,
+        name: str,
+        node: str = "node1",
+        *,
+        app: str | None = None,
+        labels: Mapping[str, str] | None = None,
+        container: str = "app",
+        host_network: bool = False,
+        number: int = 0,
+    ) -> RunningPod:
+        """Starts one more pod, and has the API server know it if there is one.
+
+        `number` is the last part of its addresses; a free one if 0. `app` is its label, by
+        default its name.
+        """
+        policy = "ClusterFirstWithHostNet" if host_network else "ClusterFirst"
+        pod = topology.Pod(
+            *(namespace, name, _node(node), number, app or name, container, policy, host_network),
+            more_labels=tuple((labels or {}).items()),
+        )
+        with state.locked() as lock:
+            new = changes.add_pod(self.state, pod, self._api_if_any(), lock)
+            state.save(new)
+        return _running(new, new.added[-1])
+
+    def remove_pod(self, name: str) -> None:
+        """Ends a pod NAMESPACE/NAME that `add_pod` started; nothing of it is left."""
+        with state.locked() as lock:
+            current = self.state
+            pod = _named(name, current.pods)
+            state.save(changes.remove_pod(current, pod, self._api_if_any(), lock))
+
+    @property
+    def kubeconfig(self) -> Path:
+        """For the tracer: who reads it may do what deploy/rbac.yaml grants, and no more."""
+        return control_plane.KUBECONFIG
+
+    @property
+    def api(self) -> ApiClient:
+        """The administrator's client, the same until the lab goes down; LabError without --api."""
+        if self.state.api_port is None:
+            raise LabError("the lab has no API server: run `dnstrace lab up --api`")
+        if self._client is None:
+            self._client = cluster_objects.connect(control_plane.ADMIN_KUBECONFIG)
+        return self._client
+
+    def stop_api(self) -> None:
+        """Kills the API server as a crash would; the rest of the lab goes on."""
+        with state.locked():
+            state.save(changes.stop_api(self.state))
+
+    def start_api(self, *flags: str) -> None:
+        """Starts it again, same port and data, and waits for it; `flags` are kube-apiserver's."""
+        with state.locked():
+            current = self.state
+            if not changes.api_processes(current):
+                state.save(changes.start_api(current, flags))
+
+    def compact(self) -> int:
+        """Has etcd forget the past, as it does every five minutes; the revision it is at."""
+        return control_plane.compact()
+
+    def _api_if_any(self) -> ApiClient | None:
+        return None if self.state.api_port is None else self.api
+
+    def _disconnect(self) -> None:
+        client: Any = self._client  # which has no types itself
+        if client is not None:
+            client.close()
+        self._client = None
 
     def popen(self, pod: str, argv: Sequence[str], **options: Any) -> subprocess.Popen[Any]:
         """Starts a command in a pod; the options are Popen's. Its pid is the command's."""
@@ -157,8 +266,9 @@ class Lab:
         return _run([*enter_node(node), *argv], options)
 
     def query_log(self, server: str) -> Path:
-        """The query log of "node1", "node2" (the replica there) or "upstream"."""
-        name = server if server == bringup.UPSTREAM_SERVER else f"dns-{server}"
+        """The query log of "node1", "node2" (the replica there), "upstream", or "node-local-node1"."""
+        nodes = {node.name for node in topology.NODES}
+        name = f"dns-{server}" if server in nodes else server
         return state.LOGS / f"{name}.log"
 
 
@@ -168,8 +278,8 @@ def enter(pod: str) -> list[str]:
     The command gets the pod's cgroup, network, mounts and host name, and keeps pid and exit
     status. LabError if there is no such pod, or it no longer runs.
     """
-    found = _named(pod)
     current = state.load()
+    found = _named(pod, topology.PODS if current is None else current.pods)
     if current is None or not current.process(found.file_name).alive():
         raise LabError("the lab is not up: run `dnstrace lab up`")
     return entering.command(found.file_name)
@@ -177,18 +287,24 @@ def enter(pod: str) -> list[str]:
 
 def enter_node(node: str) -> list[str]:
     """What to put before a command line, so that it runs in a node's network namespace."""
-    if node not in {known.name for known in topology.NODES}:
-        raise LabError(f"no node {node}: there are {_listed(n.name for n in topology.NODES)}")
+    netns = _node(node).netns
     if state.load() is None:
         raise LabError("the lab is not up: run `dnstrace lab up`")
-    return [commands.find("ip") or "ip", "netns", "exec", topology.PREFIX + node]
+    return [commands.find("ip") or "ip", "netns", "exec", netns]
 
 
-def _named(name: str) -> topology.Pod:
-    for pod in topology.PODS:
+def _node(name: str) -> topology.Node:
+    for node in topology.NODES:
+        if node.name == name:
+            return node
+    raise LabError(f"no node {name}: there are {_listed(n.name for n in topology.NODES)}")
+
+
+def _named(name: str, pods: Sequence[topology.Pod]) -> topology.Pod:
+    for pod in pods:
         if pod.full_name == name:
             return pod
-    raise LabError(f"no pod {name}: there are {_listed(p.full_name for p in topology.PODS)}")
+    raise LabError(f"no pod {name}: there are {_listed(p.full_name for p in pods)}")
 
 
 def _listed(names: Iterable[str]) -> str:

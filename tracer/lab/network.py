@@ -17,7 +17,6 @@ from tracer.lab.topology import (
     FABRIC,
     NODES,
     OUTSIDE_GATEWAY,
-    PODS,
     UPSTREAM,
     UPSTREAM_IPS,
     Node,
@@ -25,7 +24,7 @@ from tracer.lab.topology import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
 UPLINK = "eth0"
 OVERLAY = "flannel.1"
@@ -51,13 +50,10 @@ echo 1 > ipv6/conf/all/forwarding
 
 
 def sysctl_scripts() -> Iterator[tuple[str, str]]:
-    """(namespace, shell script): to run in each namespace before it has links."""
+    """(namespace, shell script): to run in each namespace but the pods' before it has links."""
     forwarding = {node.netns for node in NODES}
     for name in (FABRIC, UPSTREAM, *sorted(forwarding)):
         yield name, SYSCTLS + (FORWARDING if name in forwarding else "")
-    for pod in PODS:
-        if not pod.host_network:
-            yield pod.netns, SYSCTLS
 
 
 def link_batches(*, overlay: bool) -> Iterator[tuple[str, list[str]]]:
@@ -66,9 +62,17 @@ def link_batches(*, overlay: bool) -> Iterator[tuple[str, list[str]]]:
     yield UPSTREAM, list(_upstream())
     for node in NODES:
         yield node.netns, list(_node(node, overlay=overlay))
-    for pod in PODS:
-        if not pod.host_network:
-            yield pod.netns, list(_pod(pod))
+
+
+def pod_batches(pods: Iterable[Pod], *, overlay: bool) -> Iterator[tuple[str, list[str]]]:
+    """The same for the pods' links, once those of the nodes are there."""
+    linked = [pod for pod in pods if not pod.host_network]
+    for node in NODES:
+        lines = [line for pod in linked if pod.node == node for line in _way_to(pod, overlay)]
+        if lines:
+            yield node.netns, lines
+    for pod in linked:
+        yield pod.netns, list(_pod(pod))
 
 
 def forwarding_entries(node: Node) -> list[str]:
@@ -106,13 +110,12 @@ def _upstream() -> Iterator[str]:
 
 
 def _node(node: Node, *, overlay: bool) -> Iterator[str]:
-    mtu = OVERLAY_MTU if overlay else MTU
     yield from _uplink([node.ips])
     for gateway in OUTSIDE_GATEWAY:
         yield f"route add default via {gateway} dev {UPLINK}"
     if overlay:
         yield (
-            f"link add {OVERLAY} mtu {mtu} address {node.vtep_mac} type vxlan id 1"
+            f"link add {OVERLAY} mtu {OVERLAY_MTU} address {node.vtep_mac} type vxlan id 1"
             f" local {node.ips[0]} dev {UPLINK} dstport {OVERLAY_PORT} nolearning"
         )
         yield f"addr add {node.vtep_ips[0]}/32 dev {OVERLAY}"
@@ -121,17 +124,17 @@ def _node(node: Node, *, overlay: bool) -> Iterator[str]:
     for other in NODES:
         if other != node:
             yield from _routes_to(other, overlay=overlay)
-    for pod in PODS:
-        if pod.node == node and pod.veth is not None:
-            yield (
-                f"link add {pod.veth} mtu {mtu} type veth"
-                f" peer name eth0 mtu {mtu} netns {pod.netns}"
-            )
-            yield f"addr add {node.pod_gateway[0]}/32 dev {pod.veth}"
-            yield f"addr add {node.pod_gateway[1]}/128 dev {pod.veth} nodad"
-            yield f"link set {pod.veth} up"
-            for ip in pod.ips:
-                yield f"route add {ip} dev {pod.veth}"
+
+
+def _way_to(pod: Pod, overlay: bool) -> Iterator[str]:
+    """The node's end of a pod's link, and the routes to it."""
+    mtu = OVERLAY_MTU if overlay else MTU
+    yield f"link add {pod.veth} mtu {mtu} type veth peer name eth0 mtu {mtu} netns {pod.netns}"
+    yield f"addr add {pod.node.pod_gateway[0]}/32 dev {pod.veth}"
+    yield f"addr add {pod.node.pod_gateway[1]}/128 dev {pod.veth} nodad"
+    yield f"link set {pod.veth} up"
+    for ip in pod.ips:
+        yield f"route add {ip} dev {pod.veth}"
 
 
 def _routes_to(other: Node, *, overlay: bool) -> Iterator[str]:

@@ -4,18 +4,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tracer.lab.cgroups import PARENT
 from tracer.lab.commands import netns_path
-from tracer.lab.topology import NODES, PODS, SERVICES, Pod, Service
+from tracer.lab.topology import NODES, Pod, Service
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 
-def content() -> dict[str, Any]:
+def content(pods: Iterable[Pod], services: Iterable[Service]) -> dict[str, Any]:
     """The file's content; the namespaces must exist, for their inode numbers are in it."""
     return {
-        "pods": [_pod(pod) for pod in PODS],
-        "services": [_service(service) for service in SERVICES],
+        "pods": [_pod(pod) for pod in pods],
+        "services": [_service(service) for service in services],
         "nodes": [
             {"name": node.name, "ips": list(node.ips), "netns": netns_inode(node.netns)}
             for node in NODES
@@ -41,7 +44,7 @@ def _pod(pod: Pod) -> dict[str, Any]:
         "ips": list(pod.ips),
         "host_network": pod.host_network,
         "netns": netns_inode(pod.netns),
-        "labels": {"k8s-app" if pod.app == "kube-dns" else "app": pod.app},
+        "labels": pod.labels,
         "dns_policy": pod.dns_policy,
         "containers": [container],
     }
@@ -53,5 +56,6 @@ def _service(service: Service) -> dict[str, Any]:
         "name": service.name,
         "ips": list(service.ips),
         "ports": sorted({port.number for port in service.ports}),
+        "target_ports": sorted({port.target for port in service.ports if "dns" in port.name}),
         "endpoints": [ip for pair in service.endpoints for ip in pair],
     }

@@ -7,40 +7,84 @@ Both kinds of server read the same zone files and write one line per query to st
 
 from __future__ import annotations
 
+import socket
+import struct
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tracer.lab import zones
-from tracer.lab.topology import DNS_PORT, UPSTREAM_IPS
+from tracer.lab.topology import CLUSTER_DOMAIN, DNS_PORT, UPSTREAM_DNS_SERVICE, UPSTREAM_IPS
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
+
+    from tracer.lab.shape import Shape
 
 CACHE_S = 30
 
 
 @dataclass(frozen=True)
 class Server:
-    """Files by name, and the argv that serves them from their directory."""
+    """Files by name, the argv that serves them from their directory, and what it then has open.
+
+    `sockets`: in which table of /proc/PID/net which text says that it listens.
+    """
 
     files: Mapping[str, str]
     argv: tuple[str, ...]
+    sockets: Mapping[str, str]
 
 
-def coredns(binary: Path, directory: Path, *, cluster: bool, quiet: bool) -> Server:
-    """CoreDNS with the cluster's zones, or the outside's; `quiet` writes no query log."""
-    data = zones.cluster() if cluster else zones.outside()
+def coredns(binary: Path, directory: Path, shape: Shape | None, *, quiet: bool) -> Server:
+    """CoreDNS with the cluster's zones, or the outside's (None); `quiet` writes no query log."""
     log = [] if quiet else ["log"]
-    blocks = (
-        _cluster_blocks(data, log, directory) if cluster else _outside_blocks(data, log, directory)
-    )
+    if shape is not None:
+        data = zones.cluster(shape.services)
+        blocks = _cluster_blocks(data, shape.dns_port, log, directory)
+    else:
+        data = zones.outside()
+        blocks = _outside_blocks(data, log, directory)
     files = {_zone_file(zone): text for zone, text in data.items()}
     files["Corefile"] = "\n".join(blocks)
-    return Server(files, (str(binary), "-conf", str(directory / "Corefile")))
+    argv = (str(binary), "-conf", str(directory / "Corefile"))
+    return Server(files, argv, _everywhere(shape.dns_port if shape else DNS_PORT))
 
 
-def _cluster_blocks(data: Mapping[str, str], log: list[str], directory: Path) -> list[str]:
+def node_local(binary: Path, directory: Path, shape: Shape, *, quiet: bool) -> Server:
+    """CoreDNS configured as node-cache is by its own manifest (nodelocaldns.yaml)."""
+    corefile = "\n".join(_node_local_blocks(shape.node_local_ips, [] if quiet else ["log"]))
+    argv = (str(binary), "-conf", str(directory / "Corefile"))
+    return Server({"Corefile": corefile}, argv, _at(shape.node_local_ips[0], DNS_PORT))
+
+
+def _everywhere(port: int) -> dict[str, str]:
+    return dict.fromkeys(("udp6", "tcp6"), f":{port:04X} ")
+
+
+def _at(ip: str, port: int) -> dict[str, str]:
+    (number,) = struct.unpack("=I", socket.inet_aton(ip))
+    return dict.fromkeys(("udp", "tcp"), f" {number:08X}:{port:04X} ")
+
+
+def _node_local_blocks(ips: Sequence[str], log: list[str]) -> list[str]:
+    cluster = f"forward . {UPSTREAM_DNS_SERVICE.ips[0]} {{\n        force_tcp\n    }}"
+    bound = ["reload", "loop", f"bind {' '.join(ips)}"]
+    first = "cache {\n        success 9984 30\n        denial 9984 5\n    }"
+    health = f"health {ips[0]}:8080"
+    metrics = "prometheus :9253"
+    reverse = ("errors", *log, "cache 30", *bound, cluster, metrics)
+    return [
+        _block(CLUSTER_DOMAIN, "errors", *log, first, *bound, cluster, metrics, health),
+        _block("in-addr.arpa", *reverse),
+        _block("ip6.arpa", *reverse),
+        _block(".", "errors", *log, "cache 30", *bound, "forward . /etc/resolv.conf", metrics),
+    ]
+
+
+def _cluster_blocks(
+    data: Mapping[str, str], port: int, log: list[str], directory: Path
+) -> list[str]:
     files = [
         f"file {directory / _zone_file(zone)} {zone} {{\n        reload 0\n    }}" for zone in data
     ]
@@ -55,6 +99,7 @@ def _cluster_blocks(data: Mapping[str, str], log: list[str], directory: Path) ->
             "forward . /etc/resolv.conf",
             f"cache {CACHE_S}",
             "loadbalance",
+            port=port,
         )
     ]
 
@@ -78,15 +123,17 @@ def _answer_code(rcode: str) -> str:
     return f"template ANY ANY {{\n        rcode {rcode}\n    }}"
 
 
-def _block(zone: str, *lines: str) -> str:
+def _block(zone: str, *lines: str, port: int = DNS_PORT) -> str:
     body = "\n".join(f"    {line}" for line in lines)
-    return f"{zone}:{DNS_PORT} {{\n{body}\n}}\n"
+    return f"{zone}:{port} {{\n{body}\n}}\n"
 
 
-def unbound(binary: Path, directory: Path, *, cluster: bool, quiet: bool) -> Server:
+def unbound(binary: Path, directory: Path, shape: Shape | None, *, quiet: bool) -> Server:
     """The same out of unbound; it cannot be slow on purpose, nor fail with SERVFAIL."""
-    data = zones.cluster() if cluster else zones.outside()
+    data = zones.outside() if shape is None else zones.cluster(shape.services)
+    port = DNS_PORT if shape is None else shape.dns_port
     server = [
+        f"port: {port}",
         "interface: 0.0.0.0",
         "interface: ::0",
         "interface-automatic: yes",
@@ -107,7 +154,7 @@ def unbound(binary: Path, directory: Path, *, cluster: bool, quiet: bool) -> Ser
         f"cache-max-ttl: {CACHE_S}",
         f"log-queries: {'no' if quiet else 'yes'}",
     ]
-    if cluster:
+    if shape is not None:
         server += ["do-not-query-localhost: no", *_without_default_zones()]
     else:
         server += [
@@ -116,11 +163,12 @@ def unbound(binary: Path, directory: Path, *, cluster: bool, quiet: bool) -> Ser
         ]
     parts = [_section("server", server), _section("remote-control", ["control-enable: no"])]
     parts += [_auth_zone(zone) for zone in data]
-    if cluster:
+    if shape is not None:
         parts.append(_section("forward-zone", ['name: "."', f"forward-addr: {UPSTREAM_IPS[0]}"]))
     files = {_zone_file(zone): text for zone, text in data.items()}
     files["unbound.conf"] = "\n".join(parts)
-    return Server(files, (str(binary), "-d", "-c", str(directory / "unbound.conf")))
+    argv = (str(binary), "-d", "-c", str(directory / "unbound.conf"))
+    return Server(files, argv, _everywhere(port))
 
 
 def _auth_zone(zone: str) -> str:

@@ -13,7 +13,10 @@ import os
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from tracer.lab import shape
+from tracer.lab.topology import Node, Pod
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -38,6 +41,9 @@ class Options:
     resolver: str = "auto"
     quiet_servers: bool = False
     iptables: str = "auto"
+    api: bool = False
+    node_local: str = "no"
+    dns_port: int = 53
 
 
 @dataclass(frozen=True)
@@ -54,19 +60,39 @@ class Process:
 
 @dataclass(frozen=True)
 class State:
-    """A complete lab. `boot` tells it from what an earlier boot left behind."""
+    """A complete lab. `boot` tells it from what an earlier boot left behind.
+
+    `api_port` is the API server's on 127.0.0.1, None without one; its processes are among
+    `processes` unless it was stopped. `added` are the pods that started since.
+    """
 
     options: Options
     boot: str
     cgroup_mount: str
     served_by: str
     processes: tuple[Process, ...]
+    api_port: int | None = None
+    added: tuple[Pod, ...] = ()
+
+    @property
+    def pods(self) -> tuple[Pod, ...]:
+        return (*shape.of(self.options).pods, *self.added)
 
     def process(self, name: str) -> Process:
         return next(process for process in self.processes if process.name == name)
 
     def alive(self) -> bool:
         return self.boot == boot_id() and all(process.alive() for process in self.processes)
+
+    def api_alive(self) -> bool:
+        """Whether the API server runs; it may have been stopped, or have ended by itself."""
+        return any(
+            process.name == "kube-apiserver" and process.alive() for process in self.processes
+        )
+
+    def whole(self) -> bool:
+        """Whether it also has the API server that it was brought up with."""
+        return self.alive() and self.options.api == self.api_alive()
 
 
 def start_time(pid: int) -> int | None:
@@ -93,9 +119,16 @@ def load() -> State | None:
             data["cgroup_mount"],
             data["served_by"],
             tuple(Process(**process) for process in data["processes"]),
+            data["api_port"],
+            tuple(_pod(pod) for pod in data["added"]),
         )
     except (OSError, ValueError, TypeError, KeyError):
         return None
+
+
+def _pod(data: dict[str, Any]) -> Pod:
+    labels = tuple((name, value) for name, value in data["more_labels"])
+    return Pod(**{**data, "node": Node(**data["node"]), "more_labels": labels})
 
 
 def save(state: State) -> None:

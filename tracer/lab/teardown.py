@@ -46,6 +46,21 @@ def tear_down(lock: int) -> None:
 
 def own(names: tuple[str, ...]) -> None:
     """Writes down what is about to be made; LabError if some of it is there already."""
+    _require_absent(names)
+    lines = [f"netns {name}" for name in names]
+    if not NETNS_FILES.exists():
+        lines.append(f"directory {NETNS_FILES}")
+    state.write_whole(state.OWNED, "\n".join(lines) + "\n")
+
+
+def own_more(name: str) -> None:
+    """The same for one more namespace of a lab that is up; once written down, it stays there."""
+    _require_absent((name,))
+    if ("netns", name) not in _owned():
+        state.write_whole(state.OWNED, state.OWNED.read_text() + f"netns {name}\n")
+
+
+def _require_absent(names: tuple[str, ...]) -> None:
     for name in names:
         for path in (netns_path(name), str(NETNS_FILES / name)):
             if os.path.lexists(path):
@@ -54,10 +69,6 @@ def own(names: tuple[str, ...]) -> None:
                     if path.startswith("/run")
                     else f"{path} exists and is not the lab's: remove it"
                 )
-    lines = [f"netns {name}" for name in names]
-    if not NETNS_FILES.exists():
-        lines.append(f"directory {NETNS_FILES}")
-    state.write_whole(state.OWNED, "\n".join(lines) + "\n")
 
 
 def _owned() -> list[tuple[str, str]]:

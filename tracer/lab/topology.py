@@ -21,8 +21,11 @@ UPSTREAM = PREFIX + "upstream"
 UPSTREAM_IPS = ("172.18.0.53", "fd00:172:18::53")
 OUTSIDE_GATEWAY = ("172.18.0.1", "fd00:172:18::1")
 POD_NETWORKS = ("10.244.0.0/16", "fd00:10:244::/56")
+SERVICE_NETWORKS = ("10.96.0.0/16", "fd00:10:96::/96")
 CLUSTER_DOMAIN = "cluster.local"
 DNS_PORT = 53
+DNS_APP = "kube-dns"
+NODE_LOCAL_APP = "node-local-dns"
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,10 @@ class Node:
 
 @dataclass(frozen=True)
 class Pod:
-    """One pod with one container. `number` is the last part of its addresses."""
+    """One pod with one container. `number` is the last part of its addresses.
+
+    `given_uid` is for what starts while the lab is up, which has a new uid each time.
+    """
 
     namespace: str
     name: str
@@ -77,6 +83,8 @@ class Pod:
     container: str = "app"
     dns_policy: str = "ClusterFirst"
     host_network: bool = False
+    given_uid: str | None = None
+    more_labels: tuple[tuple[str, str], ...] = ()
 
     @property
     def full_name(self) -> str:
@@ -88,11 +96,17 @@ class Pod:
 
     @cached_property
     def uid(self) -> str:
-        return str(uuid.uuid5(uuid.NAMESPACE_DNS, f"{self.name}.{self.namespace}.pod.dnstrace"))
+        name = f"{self.name}.{self.namespace}.pod.dnstrace"
+        return self.given_uid or str(uuid.uuid5(uuid.NAMESPACE_DNS, name))
 
     @cached_property
     def container_id(self) -> str:
         return hashlib.sha256(f"{self.uid}/{self.container}".encode()).hexdigest()
+
+    @property
+    def labels(self) -> dict[str, str]:
+        key = "k8s-app" if self.app in (DNS_APP, NODE_LOCAL_APP) else "app"
+        return {key: self.app, **dict(self.more_labels)}
 
     @property
     def netns(self) -> str:
@@ -151,14 +165,28 @@ NODES = (Node("node1", 1, "systemd"), Node("node2", 2, "cgroupfs"))
 _node1, _node2 = NODES
 
 DNS_PODS = (
-    Pod("kube-system", "coredns-7c65d6cfc9-4kx2p", _node1, 2, "kube-dns", "coredns", "Default"),
-    Pod("kube-system", "coredns-7c65d6cfc9-zq8mt", _node2, 2, "kube-dns", "coredns", "Default"),
+    Pod("kube-system", "coredns-7c65d6cfc9-4kx2p", _node1, 2, DNS_APP, "coredns", "Default"),
+    Pod("kube-system", "coredns-7c65d6cfc9-zq8mt", _node2, 2, DNS_APP, "coredns", "Default"),
 )
 _web = Pod("sre", "web-0", _node1, 10, "web")
 _api = Pod("sre", "api-0", _node1, 11, "api")
 _worker = Pod("sre", "worker-0", _node2, 10, "worker")
 _shop = Pod("default", "shop-0", _node1, 12, "shop")
 _agent = Pod("sre", "host-agent", _node1, 0, "host-agent", "agent", "ClusterFirstWithHostNet", True)
+# Caches on the nodes themselves: only in the cluster where the options say so.
+NODE_LOCAL_PODS = tuple(
+    Pod(
+        "kube-system",
+        f"node-local-dns-{end}",
+        node,
+        0,
+        NODE_LOCAL_APP,
+        "node-cache",
+        "Default",
+        True,
+    )
+    for end, node in (("d8k4q", _node1), ("w2r7x", _node2))
+)
 PODS = (*DNS_PODS, _web, _api, _worker, _shop, _agent)
 
 
@@ -167,22 +195,27 @@ def _http(namespace: str, number: int, pod: Pod) -> Service:
     return Service(namespace, pod.app, ips, (Port("http", "tcp", 80, 8080),), (pod.ips,))
 
 
-DNS_SERVICE = Service(
-    "kube-system",
-    "kube-dns",
-    ("10.96.0.10", "fd00:10:96::a"),
-    (Port("dns", "udp", DNS_PORT, DNS_PORT), Port("dns-tcp", "tcp", DNS_PORT, DNS_PORT)),
-    tuple(pod.ips for pod in DNS_PODS),
+def _dns(namespace: str, name: str, ips: tuple[str, str]) -> Service:
+    ports = (Port("dns", "udp", DNS_PORT, DNS_PORT), Port("dns-tcp", "tcp", DNS_PORT, DNS_PORT))
+    return Service(namespace, name, ips, ports, tuple(pod.ips for pod in DNS_PODS))
+
+
+DNS_SERVICE = _dns("kube-system", "kube-dns", ("10.96.0.10", "fd00:10:96::a"))
+# A cluster may have more than one; this one has the same servers.
+SECOND_DNS_SERVICE = _dns("dns2", "kube-dns-2", ("10.96.0.20", "fd00:10:96::14"))
+# Where a cache on each node finds the cluster's servers, when it has their service's address.
+UPSTREAM_DNS_SERVICE = _dns("kube-system", "kube-dns-upstream", ("10.96.0.11", "fd00:10:96::b"))
+API_SERVICE = Service(
+    "default",
+    "kubernetes",
+    ("10.96.0.1", "fd00:10:96::1"),
+    (Port("https", "tcp", 443, 6443),),
+    (_node1.ips,),
 )
 SERVICES = (
-    Service(
-        "default",
-        "kubernetes",
-        ("10.96.0.1", "fd00:10:96::1"),
-        (Port("https", "tcp", 443, 6443),),
-        (_node1.ips,),
-    ),
+    API_SERVICE,
     DNS_SERVICE,
+    SECOND_DNS_SERVICE,
     _http("sre", 10, _web),
     _http("sre", 11, _api),
     _http("sre", 12, _worker),
@@ -196,12 +229,12 @@ def namespaces() -> tuple[str, ...]:
     return (FABRIC, UPSTREAM, *(node.netns for node in NODES), *pods)
 
 
-def resolv_conf(pod: Pod) -> str:
+def resolv_conf(pod: Pod, server: str = DNS_SERVICE.ips[0]) -> str:
     """What kubelet writes for the pod's dnsPolicy; `Default` is the node's own."""
     if pod.dns_policy == "Default":
         return node_resolv_conf()
     domains = f"{pod.namespace}.svc.{CLUSTER_DOMAIN} svc.{CLUSTER_DOMAIN} {CLUSTER_DOMAIN}"
-    return f"search {domains}\nnameserver {DNS_SERVICE.ips[0]}\noptions ndots:5\n"
+    return f"search {domains}\nnameserver {server}\noptions ndots:5\n"
 
 
 def node_resolv_conf() -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import ipaddress
 from typing import TYPE_CHECKING
 
-from tracer.lab.topology import CLUSTER_DOMAIN, DNS_SERVICE, SERVICES, Service
+from tracer.lab.topology import CLUSTER_DOMAIN, DNS_SERVICE, Service
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -29,6 +29,7 @@ LOST_ZONE = "lost.example.com."
 REFUSED_ZONE = "refused.example.com."
 SERVFAIL_ZONE = "servfail.example.com."
 BIG_STRINGS = 16
+CROWD = 20  # IPv6 addresses of one name: more than fit into an answer without EDNS
 
 _OUTSIDE = {
     "example.com.": [
@@ -47,6 +48,8 @@ _OUTSIDE = {
         ("dangling", "CNAME", "nowhere"),
         ("_sip._udp", "SRV", "10 5 5060 www"),
         ("big", "TXT", " ".join(f'"{n:03d} {"dnstrace " * 27}"' for n in range(BIG_STRINGS))),
+        ("crowd", "A", "192.0.2.1"),
+        *(("crowd", "AAAA", f"2001:db8::{n}") for n in range(1, CROWD + 1)),
         ("*.bench", "A", "198.51.100.1"),
         ("*.bench", "AAAA", "2001:db8:b::1"),
     ],
@@ -72,11 +75,11 @@ _OUTSIDE = {
 Record = tuple[str, str, str]
 
 
-def cluster() -> dict[str, str]:
+def cluster(services: Iterable[Service]) -> dict[str, str]:
     """Zone name (absolute) to zone file, for the cluster's own servers."""
     forward: list[Record] = []
     reverse: dict[str, list[Record]] = {zone: [] for zone in REVERSE_ZONES}
-    for service in SERVICES:
+    for service in services:
         host = f"{service.name}.{service.namespace}.{SERVICE_DOMAIN}"
         forward += [(host, *_address(ip)) for ip in service.ips]
         for port in service.ports:

