@@ -17,7 +17,7 @@ import numpy as np
 
 from tracer import decode
 from tracer.record import HopKind as Kind
-from tracer.record import Status as Code
+from tracer.slots import backends, latencies, no_socket, served_at, slots_of, statuses
 from tracer.transaction import (
     Address,
     Backend,
@@ -27,7 +27,6 @@ from tracer.transaction import (
     HopKind,
     Nat,
     Server,
-    Status,
     Transaction,
 )
 
@@ -37,8 +36,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _COLUMNS = (
-    "dns_id", "attempt", "netns", "cgroup_id", "pid", "comm",
-    "query", "query_captured", "response_len", "response_captured", "response_flags",
+    "dns_id", "attempt", "netns", "cgroup_id", "server_cgroup_id", "pid", "comm",
+    "query", "query_captured", "response_len", "response_captured", "response_flags", "protocol",
 )  # fmt: skip
 _KIND_NAMES: dict[int, HopKind] = {
     Kind.SEND: "send",
@@ -48,13 +47,9 @@ _KIND_NAMES: dict[int, HopKind] = {
     Kind.DROP: "drop",
 }
 _DIRECTIONS: tuple[Direction, Direction] = ("query", "response")
-_STATUSES: dict[int, Status] = {
-    Code.OPEN: "timeout",
-    Code.ANSWERED: "answered",
-    Code.TIMEOUT: "timeout",
-    Code.REFUSED: "refused",
-}
+_CLOCK_READINGS = 20
 _CLOCK_STEP_NS = 10_000_000
+_TCP = 6
 _MAPPED_IPV4 = bytes(10) + b"\xff\xff"
 
 
@@ -69,8 +64,11 @@ class Names(Protocol):
     def service(self, ip: str, port: int) -> str | None:
         """ "namespace/name" of the service whose address it is."""
 
-    def pod(self, ip: str) -> tuple[str | None, str | None]:
-        """(namespace, name) of the pod whose address it is."""
+    def server(self, cgroup_id: int, ip: str) -> tuple[str | None, str | None]:
+        """(namespace, name) of the pod that answers, by its socket's cgroup if that is known."""
+
+    def role(self, ip: str) -> str | None:
+        """What kind of server has the address."""
 
     def place(self, netns: int, ifindex: int) -> tuple[str | None, str | None]:
         """(name of the device, whose it is); ifindex 0: a socket of that namespace."""
@@ -88,30 +86,35 @@ class Assembler:
     ) -> None:
         self._names = names
         self._drop_reasons = drop_reasons
+        self._no_socket = no_socket(drop_reasons)
         self._symbol = symbol
         self._epoch_ns = 0
 
     def assemble(self, batch: NDArray[np.void]) -> Iterator[Transaction]:
-        """The transactions of a batch of records, or of bare slots that were never answered."""
-        responses: Iterable[bytes]
+        """The transactions of a batch of records, or of bare slots that were never answered.
+
+        Records may have a third field, `problem`: a string, empty if there is none.
+        """
+        responses: Iterable[bytes] = itertools.repeat(b"", len(batch))
+        problems: Iterable[str] = itertools.repeat("", len(batch))
+        slots = slots_of(batch)
         if batch.dtype.names and "response" in batch.dtype.names:
-            slots, responses = batch["transaction"], batch["response"].tolist()
-        else:
-            slots, responses = batch, itertools.repeat(b"", len(batch))
+            responses = batch["response"].tolist()
+            if "problem" in batch.dtype.names:
+                problems = batch["problem"].tolist()
         to_epoch_ns = self._to_epoch_ns()
         first_flow = slots["flows"][:, 0]
         hops = _Hops(slots)
-        name_client, name_service, name_pod = (
-            self._names.client,
-            self._names.service,
-            self._names.pod,
-        )
+        names = self._names
+        name_client, name_service, name_server = names.client, names.service, names.server
         columns = zip(
             responses,
-            _backends(slots),
+            problems,
+            served_at(slots, to_epoch_ns),
+            backends(slots),
             (slots["start_ns"].astype(np.int64) + to_epoch_ns).tolist(),
-            _latencies(slots),
-            _statuses(slots),
+            latencies(slots),
+            statuses(slots, self._no_socket),
             first_flow["client_addr"].tolist(),
             first_flow["client_port"].tolist(),
             first_flow["server_addr"].tolist(),
@@ -120,10 +123,10 @@ class Assembler:
             strict=True,
         )
         for row, (
-            response, backend_at, time_ns, latency_ns, status,
+            response, problem, served, backend_at, time_ns, latency_ns, status,
             client_addr, client_port, server_addr, server_port,
-            dns_id, attempt, netns, cgroup_id, pid, comm,
-            query, query_captured, response_len, response_captured, response_flags,
+            dns_id, attempt, netns, cgroup_id, server_cgroup_id, pid, comm,
+            query, query_captured, response_len, response_captured, response_flags, protocol,
         ) in enumerate(columns):  # fmt: skip
             query = query[:query_captured]  # noqa: PLW2901 - what follows was never the query
             question = decode.question(query)
@@ -150,12 +153,14 @@ class Assembler:
             # Before NAT, and once it is undone, a service's address says nothing of who is behind.
             if backend_at and not (service is not None and backend_at[2]):
                 backend_ip = ip_text(backend_at[0])
-                backend = Backend(backend_ip, backend_at[1], *name_pod(backend_ip))
+                backend = Backend(
+                    backend_ip, backend_at[1], *name_server(server_cgroup_id, backend_ip)
+                )
             yield Transaction(
                 time_ns,
                 status,
-                dns_id,
-                "udp",
+                dns_id if query else None,
+                "tcp" if protocol == _TCP else "udp",
                 question.name,
                 question.type,
                 rcode,
@@ -163,24 +168,30 @@ class Assembler:
                 latency_ns,
                 attempt,
                 client,
-                Server(server_ip, server_port, service),
+                Server(server_ip, server_port, service, names.role(server_ip)),
                 backend,
                 query,
                 message,
                 response_len if response_captured else None,
-                functools.partial(self._make_hops, hops, row, client),
+                functools.partial(self._make_hops, hops, row, client, backend),
+                served,
+                problem or None,
+                () if served else None,
             )
 
     def _to_epoch_ns(self) -> int:
         """What turns CLOCK_MONOTONIC into time since 1970: the same until the clock is set."""
         now_ns = time.time_ns() - time.monotonic_ns()
         if abs(now_ns - self._epoch_ns) > _CLOCK_STEP_NS:
-            self._epoch_ns = now_ns
+            self._epoch_ns = _epoch_ns()
         return self._epoch_ns
 
-    def _make_hops(self, hops: _Hops, row: int, client: Client) -> tuple[Hop, ...]:
+    def _make_hops(
+        self, hops: _Hops, row: int, client: Client, backend: Backend | None
+    ) -> tuple[Hop, ...]:
         flows, places = hops.of(row)
         asker = f"{client.namespace}/{client.pod}" if client.pod else None
+        server = f"{backend.namespace}/{backend.pod}" if backend and backend.pod else None
         made = []
         previous = 0
         for t_ns, ifindex, netns, reason, kind, direction, number, _ in places:
@@ -196,8 +207,10 @@ class Assembler:
             ifname, owner = named
             if kind == Kind.DROP:  # in the namespace that the device is in, not at its other end
                 owner = self._names.place(netns, 0)[1]
-            if asker and kind == (Kind.RECEIVE if direction else Kind.SEND):
-                owner = asker
+            if kind == (Kind.RECEIVE if direction else Kind.SEND):
+                owner = asker or owner
+            elif kind == (Kind.SEND if direction else Kind.RECEIVE):
+                owner = server or owner
             dropped = kind == Kind.DROP
             made.append(
                 Hop(
@@ -220,6 +233,26 @@ class Assembler:
         return tuple(made)
 
 
+def _epoch_ns() -> int:
+    """When CLOCK_MONOTONIC was 0, since 1970: by the pair of readings with least between them."""
+    found = []
+    for _ in range(_CLOCK_READINGS):
+        before_ns = time.monotonic_ns()
+        now_ns = time.time_ns()
+        after_ns = time.monotonic_ns()
+        found.append((after_ns - before_ns, now_ns - (before_ns + after_ns) // 2))
+    return min(found)[1]
+
+
+def apart(t: Transaction) -> Transaction:
+    """The same, to be kept for longer: it no longer holds what else came with it."""
+    make = t.make_hops
+    if not isinstance(make, functools.partial):
+        return t
+    hops, row, *who = make.args
+    return t._replace(make_hops=functools.partial(make.func, hops.only(row), 0, *who))
+
+
 class _Hops:
     """The hops of a batch, converted all at once when the first of them is asked for."""
 
@@ -229,6 +262,10 @@ class _Hops:
         self._hops: list[list[tuple[int, ...]]] | None = None
         self._flows: list[list[tuple[bytes, bytes, int, int, int]]] = []
         self._counts: list[int] = []
+
+    def only(self, row: int) -> _Hops:
+        """Those of one row, copied."""
+        return _Hops(self._slots[row : row + 1].copy())
 
     def of(self, row: int) -> tuple[list[tuple[Address, Address]], list[tuple[int, ...]]]:
         """(client, server) of each flow, and the hops with times from the first one on."""
@@ -262,79 +299,6 @@ def ip_text(address: bytes) -> str:
 def comm_text(comm: bytes) -> str:
     """A task's name; the kernel lets it be any bytes."""
     return comm.split(b"\0", 1)[0].decode("utf-8", "backslashreplace")
-
-
-def _latencies(slots: NDArray[np.void]) -> list[int | None]:
-    """From the client's send to its receive, None where either was not seen."""
-    known = (slots["end_ns"] != 0) & (slots["hops"]["kind"][:, 0] == Kind.SEND)
-    ends = slots["end_ns"].astype(np.int64) - slots["start_ns"].astype(np.int64)
-    if known.all():
-        return list(ends.tolist())
-    return [
-        end if is_known else None
-        for end, is_known in zip(ends.tolist(), known.tolist(), strict=True)
-    ]
-
-
-def _statuses(slots: NDArray[np.void]) -> list[Status]:
-    codes = slots["status"].tolist()
-    last = np.maximum(slots["nhops"].astype(np.int64) - 1, 0)
-    kinds = slots["hops"]["kind"][np.arange(len(slots)), last].tolist()
-    return [
-        "dropped" if kind == Kind.DROP and code != Code.ANSWERED else _STATUSES[code]
-        for code, kind in zip(codes, kinds, strict=True)
-    ]
-
-
-def _backends(slots: NDArray[np.void]) -> list[tuple[bytes, int, bool] | None]:
-    """Who answered, or was asked last: the server's address where its own packets were seen.
-
-    At the client's sockets NAT is not done yet, or undone again, so these alone do not tell. Also
-    says whether it is just the address that was asked, seen at no socket of the server.
-    """
-    rows = np.arange(len(slots))
-    hops, flows = slots["hops"], slots["flows"]
-    kinds = hops["kind"]
-    places = np.arange(hops.shape[1])
-    there = places < slots["nhops"][:, None]
-    response = there & (hops["direction"] == 1)
-    query = there & (hops["direction"] == 0)
-
-    first_response = np.argmax(response, axis=1)
-    response_kind = kinds[rows, first_response]
-    response_flow = flows[rows, hops["flow"][rows, first_response]]
-    answered = response.any(axis=1) & (response_kind != Kind.RECEIVE)
-    # A response that is seen only after NAT was undone tells less than the query may have.
-    telling = ~_same_server(response_flow, flows[:, 0]) | (response_kind == Kind.SEND)
-
-    last_query = hops.shape[1] - 1 - np.argmax(query[:, ::-1], axis=1)
-    query_kind = kinds[rows, last_query]
-    query_flow = hops["flow"][rows, last_query]
-    arrived = (
-        (query_kind == Kind.EGRESS) | (query_kind == Kind.RECEIVE) | (query_flow != 0)
-    ) & query.any(axis=1)
-
-    by_response = answered & (telling | ~arrived)
-    flow = np.where(by_response, response_flow, flows[rows, query_flow])
-    at_socket = np.where(by_response, response_kind == Kind.SEND, query_kind == Kind.RECEIVE)
-    as_asked = _same_server(flow, flows[:, 0]) & ~at_socket
-    return [
-        (address, port, is_as_asked) if is_known else None
-        for address, port, is_as_asked, is_known in zip(
-            flow["server_addr"].tolist(),
-            flow["server_port"].tolist(),
-            as_asked.tolist(),
-            (answered | arrived).tolist(),
-            strict=True,
-        )
-    ]
-
-
-def _same_server(flows: NDArray[np.void], others: NDArray[np.void]) -> NDArray[np.bool_]:
-    same: NDArray[np.bool_] = (flows["server_addr"] == others["server_addr"]) & (
-        flows["server_port"] == others["server_port"]
-    )
-    return same
 
 
 def _nat(before: tuple[Address, Address], after: tuple[Address, Address]) -> Nat:

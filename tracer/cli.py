@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
-import difflib
+import os
+import platform
 import sys
+import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,13 +17,17 @@ from tracer.streams import OutputError, say
 if TYPE_CHECKING:
     import argparse
 
-    from tracer.cluster.identities import Identities
-    from tracer.cluster.model import Inventory
+    from tracer.cluster.sources import Way
+    from tracer.filters import Filters
     from tracer.kernel.compile import Compilation
-    from tracer.kernel.session import Selection, Session
+    from tracer.kernel.devices import Device
+    from tracer.kernel.limits import Limits
+    from tracer.kernel.session import Session
+    from tracer.run import Stop
 
 OK, FAILED, USAGE, UNSUPPORTED = 0, 1, 2, 3
-_LAB_PODS = Path("/run/dnstrace-lab/pods.json")
+_WINDOW_NS = 30 * 10**9
+_COUNTED = ("continuous", "report")  # commands for which the kernel counts
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -44,6 +51,10 @@ def _run(argv: list[str]) -> int:
     with streams.writing():
         try:
             args = arguments.parse(argv)
+            if args.command == "continuous":
+                from tracer.continuous.log import log
+
+                streams.say_by(lambda message: log("warning", message))
         finally:
             sys.stdout.flush()  # the help, which may not have fitted
     if args.command == "lab":
@@ -53,8 +64,44 @@ def _run(argv: list[str]) -> int:
     if args.command == "doctor":
         from tracer import doctor
 
-        return doctor.main()
+        return doctor.main(_way(args))
+    if args.command == "report":
+        return _report(args)
     return _trace(args)
+
+
+def _report(args: argparse.Namespace) -> int:
+    """Reports on recordings, or on a window that is recorded for it."""
+    from tracer.report import command
+    from tracer.report.recordings import RecordingError
+
+    try:
+        filters = _filters(args)
+        filters.predicate()
+        if args.files:
+            return command.show(args, args.files, filters)
+        if args.duration is None:
+            args.duration = _WINDOW_NS
+        with tempfile.TemporaryDirectory(prefix="dnstrace-report-") as directory:
+            args.window = Path(directory)
+            status = _trace(args)
+            # Only pods with these labels were recorded.
+            recorded = replace(filters, selector=None)
+            return status or command.show(args, [args.window], recorded)
+    except ValueError as error:
+        say(str(error))
+        return USAGE
+    except RecordingError as error:
+        say(str(error))
+        return FAILED
+
+
+def _limits(args: argparse.Namespace) -> Limits:
+    from tracer.kernel.limits import CONTINUOUS, Limits
+
+    if args.command in _COUNTED:
+        return CONTINUOUS
+    return Limits(slots=args.max_in_flight)
 
 
 def _trace(args: argparse.Namespace) -> int:
@@ -65,7 +112,7 @@ def _trace(args: argparse.Namespace) -> int:
     if not host.may_trace():
         return _trace_with(args, None)  # which says what is wrong with the rest, then with this
     with_kprobes = args.hooks != "tracepoint" and kprobes.available()
-    compilation = Compilation.for_tracing(args.max_in_flight, kprobes=with_kprobes)
+    compilation = Compilation(_limits(args).macros(), kprobes=with_kprobes)
     try:
         return _trace_with(args, compilation)
     finally:
@@ -73,61 +120,95 @@ def _trace(args: argparse.Namespace) -> int:
 
 
 def _trace_with(args: argparse.Namespace, compilation: Compilation | None) -> int:
-    from tracer.cluster.identities import Identities
-    from tracer.cluster.model import Inventory
+    from tracer.chosen import NobodyChosen
+    from tracer.cluster.api import ConfigError
     from tracer.cluster.pods_file import PodsFileError
-    from tracer.correlate.lookups import Lookups
-    from tracer.filters import Filters
-    from tracer.kernel import host, netns
-    from tracer.kernel.session import Limits, Session, Unsupported
-    from tracer.run import Stop, Totals, Trace
+    from tracer.kernel.session import Unsupported
 
-    filters = Filters(
-        namespaces=tuple(args.namespace),
-        pods=tuple(args.pod),
-        container=args.container,
-        pid=args.pid,
-        comm=args.comm,
-        name=args.name,
-        type=args.type,
-        rcode=args.rcode,
-        failed=args.failed,
-        slower=args.slower,
-        server=args.server,
-        backend=args.backend,
-        side=args.side,
-    )
     try:
-        keep = filters.predicate()
-        pods = _Pods(args)
-        inventory = pods.changed() or Inventory()
-    except (ValueError, PodsFileError) as error:
+        filters = _filters(args)
+        filters.predicate()
+        names = _Names(args, filters)
+    except (ValueError, PodsFileError, ConfigError) as error:
         say(str(error))
         return USAGE
-    session: Session | None = None
-    identities = Identities(
-        inventory,
-        netns.cgroup2_root(),
-        lambda netns, ifindex: session.devices.find(netns, ifindex) if session else None,
-    )
-    wrong = _unknown_pods(args, identities)
-    if wrong:
-        say(wrong)
-        return USAGE
-    stop = Stop(args.duration)
-    selection = _selection(args, identities)
     try:
-        session = Session.open(
-            selection,
-            Limits(slots=args.max_in_flight),
-            None if args.hooks == "auto" else args.hooks,
-            compilation,
-        )
+        names.begin()
+        return _trace_named(args, filters, names, compilation)
+    except NobodyChosen as error:
+        say(str(error))
+        return USAGE
     except Unsupported as error:
         say(str(error))
         return UNSUPPORTED
+    finally:
+        names.end()
+
+
+class _Names:
+    """What pods are known from, and who is who by it. Raises PodsFileError, ConfigError."""
+
+    def __init__(self, args: argparse.Namespace, filters: Filters) -> None:
+        from tracer.chosen import Chosen
+        from tracer.cluster import sources
+        from tracer.cluster.identities import Identities
+        from tracer.cluster.local import LocalContainers
+        from tracer.keep_up import KeepUp
+        from tracer.kernel import netns
+
+        self.session: Session | None = None
+        named = [*args.node, *filter(None, [os.environ.get("NODE_NAME")])]
+        self._node = named[0] if named else None
+        self.source, said = sources.choose(_way(args))
+        if said:
+            say(said)
+        root = netns.cgroup2_root()
+        self._local = None if args.no_kubernetes else LocalContainers(root)
+        self.identities = Identities(self.source.inventory(), root, self._find_device, self._local)
+        self.chosen = Chosen(filters, args.port or (), self.identities, self.source)
+        self.keep_up = KeepUp(self.source, self._local, self.identities, self.chosen)
+
+    def begin(self) -> None:
+        """Looks for containers here, and for the rest in the background."""
+        self.source.start()
+        if self._local:
+            self._local.start()
+
+    def end(self) -> None:
+        """Ends both."""
+        self.source.close()
+        if self._local:
+            self._local.close()
+
+    def node(self) -> str:
+        """What recordings call this machine: its node's name, else its own."""
+        return self._node or self.identities.only_node() or platform.node()
+
+    def _find_device(self, netns: int, ifindex: int) -> Device | None:
+        return self.session.devices.find(netns, ifindex) if self.session else None
+
+
+def _trace_named(
+    args: argparse.Namespace, filters: Filters, names: _Names, compilation: Compilation | None
+) -> int:
+    from tracer.correlate.lookups import Lookups
+    from tracer.kernel import host
+    from tracer.kernel.session import KEEP_ALL, Keeping, Session
+    from tracer.run import Stop, Totals, Trace
+
+    by_pods = filters.namespaces or filters.pods or filters.selector or filters.backend_wanted()
+    if by_pods or args.node or args.command in _COUNTED:
+        names.keep_up.wait()
+    names.chosen.check(say)
+    stop = Stop(args.duration, hangup_stops=args.command != "continuous")
+    hooks = None if args.hooks == "auto" else args.hooks
+    # Until somebody reads, little may leave.
+    keeping = Keeping(share=0) if args.command == "continuous" else KEEP_ALL
+    session = Session.open(names.chosen.selection(), _limits(args), hooks, compilation, keeping)
     try:
-        if session.hooks is None and (args.pid or args.comm or args.container or args.slower):
+        if session.hooks is None and (
+            filters.pid or filters.comm or args.container or filters.slower
+        ):
             what = "--pid, --comm, --container and --slower need socket hooks"
             say(f"{what}: {'; '.join(session.notes)}")
             return UNSUPPORTED
@@ -135,17 +216,22 @@ def _trace_with(args: argparse.Namespace, compilation: Compilation | None) -> in
             say(f"{found.what} ({found.fix})")
         for note in session.notes:
             say(note)
+        names.session = session
+        names.keep_up.use(session)
+        if args.command in _COUNTED:
+            return _count(args, filters, names, session, stop)
         say(_armed(session, args))
         from tracer.output import make_output
 
         output = make_output(args)
         lookups = None if filters.tear_lookups or args.command == "path" else Lookups()
-        keep_up = _KeepUp(args, pods, identities, session, selection)
+        keep = filters.predicate(names.identities.labels)
         trace = Trace(
-            session, identities, keep, lookups, output, args.timeout, args.count, Totals(), stop,
-            keep_up,
+            session, names.identities, keep, lookups, output, args.timeout, args.count, Totals(),
+            stop, names.keep_up, names.keep_up.refuse,
         )  # fmt: skip
         trace.run()
+        trace.totals.names_problem = names.source.problem()
         output.finish(session, trace.totals)
     finally:
         session.close()
@@ -153,137 +239,65 @@ def _trace_with(args: argparse.Namespace, compilation: Compilation | None) -> in
     return OK
 
 
-class _Pods:
-    """Where pods are known from: a file, read again whenever it changes."""
+def _count(
+    args: argparse.Namespace, filters: Filters, names: _Names, session: Session, stop: Stop
+) -> int:
+    """Has the kernel count, until stopped or for a window."""
+    from tracer.continuous import command
+    from tracer.continuous.recorder import RecorderError
 
-    def __init__(self, args: argparse.Namespace) -> None:
-        self._path: Path | None = None if args.no_kubernetes else args.pods or _LAB_PODS
-        self._optional = not args.pods
-        self._seen: tuple[int, int] | None = None
-
-    def changed(self) -> Inventory | None:
-        """What is known now, or None if that is what it was. Raises PodsFileError."""
-        from tracer.cluster import pods_file
-        from tracer.cluster.model import Inventory
-
-        if self._path is None:
-            return None
-        try:
-            status = self._path.stat()
-            now = (status.st_mtime_ns, status.st_ino)
-        except OSError:
-            now = None
-        if now == self._seen and (now is not None or self._optional):
-            return None
-        self._seen = now
-        if now is None and self._optional:
-            say(f"pods are no longer known: {self._path} is gone")
-            return Inventory()
-        inventory = pods_file.load(self._path)
-        if self._optional:
-            say(f"pods are those of the lab ({self._path})")
-        return inventory
+    around = command.Surroundings(
+        session, names.identities, names.keep_up, stop, filters, names.node(), names.source.problem
+    )
+    try:
+        if args.command == "continuous":
+            command.run(args, around)
+        else:
+            say(_armed(session, args))
+            command.measure(args, around, args.window)
+    except (command.CannotServe, RecorderError) as error:
+        say(str(error))
+        return FAILED
+    return OK
 
 
-class _KeepUp:
-    """Takes in what has become of pods and containers since the last call."""
+def _way(args: argparse.Namespace) -> Way:
+    from tracer.cluster.sources import Way
 
-    def __init__(
-        self,
-        args: argparse.Namespace,
-        pods: _Pods,
-        identities: Identities,
-        session: Session,
-        selection: Selection,
-    ) -> None:
-        self._args = args
-        self._pods = pods
-        self._identities = identities
-        self._session = session
-        self._selection = selection
-
-    def __call__(self) -> None:
-        from tracer.cluster.pods_file import PodsFileError
-
-        known = None
-        try:
-            known = self._pods.changed()
-        except PodsFileError as error:
-            say(f"{error}; pods are named as before")
-        if known is not None:
-            self._identities.learn(known)
-        elif self._args.namespace or self._args.pod:
-            self._identities.walk_again()
-        selection = _selection(self._args, self._identities)
-        if selection != self._selection:
-            self._session.select(selection)
-            self._selection = selection
+    return Way(
+        args.pods, args.kubeconfig, args.context, tuple(args.node), no_kubernetes=args.no_kubernetes
+    )
 
 
-def _selection(args: argparse.Namespace, identities: Identities) -> Selection:
-    """What the kernel itself can filter by; the rest is filtered afterwards."""
-    from tracer.kernel.session import Selection
+def _filters(args: argparse.Namespace) -> Filters:
+    from tracer.filters import Filters
 
-    ports = tuple(args.port or (53,))
-    if args.side == "server" or not (args.namespace or args.pod):
-        return Selection(ports=ports, pid=args.pid, server_side=args.side == "server")
-    netns, cgroups = identities.select(identities.matching(args.namespace, args.pod))
-    return Selection(ports=ports, netns=netns, cgroup_ids=cgroups, pid=args.pid, only_selected=True)
-
-
-def _unknown_pods(args: argparse.Namespace, identities: Identities) -> str | None:
-    """What is wrong with --namespace and --pod, in one line."""
-    if not args.namespace and not args.pod:
-        return None
-    pods = identities.inventory.pods
-    if not pods:
-        return "--namespace and --pod need to know the pods: give --pods FILE (see the README)"
-    for namespace in args.namespace:
-        known = sorted({pod.namespace for pod in pods})
-        if namespace not in known:
-            return f"no pod is in namespace {namespace!r}{_near(namespace, known)}"
-    for glob in args.pod:
-        if not identities.matching(args.namespace, [glob]):
-            known = sorted(
-                {p.name for p in pods if not args.namespace or p.namespace in args.namespace}
-            )
-            return f"no pod is called {glob!r}{_near(glob, known)}"
-    return None if args.side == "server" else _untraceable(args, identities)
-
-
-def _untraceable(args: argparse.Namespace, identities: Identities) -> str | None:
-    """That none of the chosen pods can be told from others; of some, a line to say so."""
-    from tracer.show.cells import clean
-
-    chosen = identities.matching(args.namespace, args.pod)
-    lost = [clean(name) for name in identities.untraceable(chosen)]
-    if not lost:
-        return None
-    names = ", ".join(lost[:3]) + (f" and {len(lost) - 3} more" if len(lost) > 3 else "")
-    line = f"neither network namespace nor cgroup is known here of {names}"
-    if chosen and len(lost) == len(chosen):
-        return (
-            f"{line}: give 'netns' or 'cgroup' in the pods file, or leave --namespace and --pod out"
-        )
-    say(f"{line}: not traced")
-    return None
-
-
-def _near(name: str, known: list[str]) -> str:
-    from tracer.show.cells import clean
-
-    known = [clean(other) for other in known]
-    near = difflib.get_close_matches(name, known, n=3)
-    return f"; did you mean {', '.join(near)}?" if near else f"; there are: {', '.join(known[:10])}"
+    return Filters(
+        namespaces=tuple(args.namespace),
+        pods=tuple(args.pod),
+        selector=args.selector,
+        container=args.container,
+        pid=getattr(args, "pid", None),
+        comm=getattr(args, "comm", None),
+        name=getattr(args, "name", None),
+        type=args.type,
+        rcode=args.rcode,
+        failed=getattr(args, "failed", False),
+        slower=None if args.command == "continuous" else args.slower,
+        server=args.server,
+        backend=args.backend,
+        side=args.side,
+    )
 
 
 def _armed(session: Session, args: argparse.Namespace) -> str:
     devices, namespaces = session.devices.count(), len(session.devices.namespaces())
-    ports = ", ".join(map(str, args.port or (53,)))
+    numbers = sorted(session.ports())
+    ports = f"port{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))}"
     sockets = f"at sockets ({session.hooks} hooks) and" if session.hooks else "at"
     by = f" ({session.attached_by})" if session.attached_by else ""
     until = "" if args.duration else "; Ctrl-C ends"
     return (
-        f"tracing UDP port {ports} {sockets} {devices} device{'s' if devices != 1 else ''}{by} "
+        f"tracing UDP and TCP {ports} {sockets} {devices} device{'s' if devices != 1 else ''}{by} "
         f"in {namespaces} network namespace{'s' if namespaces != 1 else ''}{until}"
     )

@@ -7,6 +7,7 @@ Every answer comes from trying the thing itself, not from a version.
 from __future__ import annotations
 
 import importlib.metadata
+import itertools
 import platform
 import shutil
 import signal
@@ -14,14 +15,16 @@ import socket
 import sys
 import textwrap
 import time
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING
 
-from tracer import streams
+from tracer import streams, who_is_who
+from tracer.finding import Finding, State
 from tracer.kernel import host, kprobes, netns
 from tracer.kernel.btf import VMLINUX, Btf, BtfError
 from tracer.kernel.compile import Compilation, CompileError
+from tracer.kernel.limits import Limits
 from tracer.kernel.offsets import kernel_offsets
-from tracer.kernel.session import Limits, Selection, Session, Unsupported
+from tracer.kernel.session import Selection, Session, Unsupported
 from tracer.selftest import EXPECTED, ask_ourselves
 from tracer.show.cells import duration, printable
 
@@ -29,27 +32,22 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from types import FrameType
 
+    from tracer.cluster.sources import Way
+
 _OK, _FAILED, _UNSUPPORTED = 0, 1, 3
-State = Literal["ok", "note", "MISSING"]
 _STATE_WIDTH, _WHAT_WIDTH = 9, 20
 _WIDTH_MIN, _WIDTH_MAX = 60, 120
 
 
-class Finding(NamedTuple):
-    """One row of the table. `fix` is what to do, where something is missing."""
+def main(way: Way) -> int:
+    """Prints the table. 0: this host can be traced; 3: it cannot; 1: it was interrupted.
 
-    what: str
-    state: State
-    detail: str
-    fix: str | None = None
-
-
-def main() -> int:
-    """Prints the table. 0: this host can be traced; 3: it cannot; 1: it was interrupted."""
+    `way`: how the cluster is reached.
+    """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _interrupt)
     try:
-        return _report()
+        return _report(way)
     except _Interrupted:
         return _FAILED
 
@@ -62,11 +60,11 @@ def _interrupt(_number: int, _frame: FrameType | None) -> None:
     raise _Interrupted
 
 
-def _report() -> int:
+def _report(way: Way) -> int:
     states: set[State] = set()
     width = min(max(shutil.get_terminal_size().columns, _WIDTH_MIN), _WIDTH_MAX)
     _write(f"{'STATE':<{_STATE_WIDTH}}{'WHAT':<{_WHAT_WIDTH}}FOUND")
-    for finding in examine():
+    for finding in itertools.chain(examine(), who_is_who.examine(way)):
         states.add(finding.state)
         _write(*_rows(finding, width))
     if "MISSING" in states:
@@ -118,7 +116,7 @@ def examine() -> Iterator[Finding]:
     yield _cgroup()
     if "MISSING" in (types.state, privileges.state, lockdown.state):
         return
-    compilation = Compilation.for_tracing(Limits().slots, kprobes=kprobes.available())
+    compilation = Compilation(Limits().macros(), kprobes=kprobes.available())
     try:
         compiled = _compiler(compilation)
         yield compiled
@@ -220,7 +218,7 @@ def _tracing(compilation: Compilation) -> Iterator[Finding]:
     """Attaches everything for a moment, and traces a query of its own."""
     started = time.monotonic()
     try:
-        session = Session.open(Selection(only_selected=True), compilation=compilation)
+        session = Session.open(Selection(pid=0), compilation=compilation)
     except Unsupported as error:
         yield Finding("attaching", "MISSING", str(error))
         return

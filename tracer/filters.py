@@ -11,12 +11,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from tracer import decode
+from tracer.cluster import selector
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
-    from tracer.transaction import Transaction
+    from tracer.cluster.identities import Who
+    from tracer.transaction import Backend, Client, Transaction
 
+    Owner = Client | Backend | Who
+    LabelsOf = Callable[[str | None, str | None], Mapping[str, str] | None]
     Predicate = Callable[[Transaction], bool]
     Side = Literal["client", "server"]
 
@@ -35,6 +39,7 @@ class Filters:
 
     namespaces: tuple[str, ...] = ()
     pods: tuple[str, ...] = ()
+    selector: str | None = None
     container: str | None = None
     pid: int | None = None
     comm: str | None = None
@@ -55,13 +60,51 @@ class Filters:
         )  # fmt: skip
         return any(of_transactions) or self.side == "server"
 
-    def predicate(self) -> Predicate:
-        """Whether a transaction is asked for. ValueError says which value makes no sense."""
+    @property
+    def is_open(self) -> bool:
+        """Whether nothing is filtered."""
+        return self == Filters()
+
+    def pods_wanted(self, labels_of: LabelsOf) -> Callable[[Owner], bool]:
+        """Whether a pod is asked for, by its namespace, name and labels."""
+        checks = []
+        if self.namespaces:
+            checks.append(_in_namespace(self.namespaces))
+        if self.pods:
+            checks.append(_of_pod(self.pods))
+        if self.selector is not None:
+            checks.append(_with_labels(self.selector, labels_of))
+        return lambda owner: all(check(owner) for check in checks)
+
+    def container_wanted(self) -> Callable[[Owner], bool] | None:
+        """The same for containers; None if any will do."""
+        return None if self.container is None else _of_container(self.container)
+
+    def backend_wanted(self) -> Callable[[str | None, str], bool] | None:
+        """Whether a pod (namespace, name) is the backend; None if none is asked for by name."""
+        if self.backend is None or _backend_ip(self.backend) is not None:
+            return None
+        return _pod_glob(self.backend)
+
+    def predicate(self, labels_of: LabelsOf = lambda _namespace, _pod: None) -> Predicate:
+        """Whether a transaction is asked for. ValueError says which value makes no sense.
+
+        `labels_of(namespace, pod)` are a pod's, None if they are not known.
+        """
         checks = [
             make(value, self.side)
             for field, make in _MAKERS.items()
             if (value := getattr(self, field)) not in (None, (), False)
         ]
+        if self.namespaces or self.pods or self.selector is not None:
+            wanted = self.pods_wanted(labels_of)
+            if self.side == "client":
+                checks.append(lambda t: wanted(t.client))
+            else:
+                checks.append(lambda t: t.backend is not None and wanted(t.backend))
+        container = self.container_wanted()
+        if container is not None:
+            checks.append(lambda t: container(t.client))
         if len(checks) == 1:
             return checks[0]
         return lambda t: all(check(t) for check in checks)
@@ -83,35 +126,44 @@ def duration_ns(text: str) -> int:
     return int(whole) * unit_ns + int(fraction.ljust(9, "0")) * unit_ns // 1_000_000_000
 
 
-def _in_namespace(wanted: tuple[str, ...], side: Side) -> Predicate:
+def _in_namespace(wanted: tuple[str, ...]) -> Callable[[Owner], bool]:
     if not all(wanted):
         raise ValueError("a namespace has a name")
-    if side == "server":
-        return lambda t: t.backend is not None and t.backend.namespace in wanted
-    return lambda t: t.client.namespace in wanted
+    return lambda owner: owner.namespace in wanted
 
 
-def _of_pod(globs: tuple[str, ...], side: Side) -> Predicate:
+def _of_pod(globs: tuple[str, ...]) -> Callable[[Owner], bool]:
     matches = [_pod_glob(glob) for glob in globs]
 
-    def of_pod(t: Transaction) -> bool:
-        owner = t.client if side == "client" else t.backend
-        return (
-            owner is not None
-            and owner.pod is not None
-            and any(match(owner.namespace, owner.pod) for match in matches)
-        )
+    def of_pod(owner: Owner) -> bool:
+        pod = owner.pod
+        return pod is not None and any(match(owner.namespace, pod) for match in matches)
 
     return of_pod
+
+
+def _with_labels(text: str, labels_of: LabelsOf) -> Callable[[Owner], bool]:
+    fits = selector.parse(text)
+
+    def with_labels(owner: Owner) -> bool:
+        labels = labels_of(owner.namespace, owner.pod)
+        return labels is not None and fits(labels)
+
+    return with_labels
 
 
 def _of_pid(pid: int) -> Predicate:
     return lambda t: t.client.pid == pid
 
 
-def _of_container(pattern: str) -> Predicate:
+def _of_container(pattern: str) -> Callable[[Owner], bool]:
     match = _glob("container", pattern)
-    return lambda t: t.client.container is not None and match(t.client.container)
+
+    def of_container(owner: Owner) -> bool:
+        container = getattr(owner, "container", None)  # of who answers it is not known
+        return container is not None and match(container)
+
+    return of_container
 
 
 def _of_process(pattern: str) -> Predicate:
@@ -158,13 +210,19 @@ def _sent_to(text: str) -> Predicate:
     return lambda t: t.server.ip == ip
 
 
-def _answered_by(text: str) -> Predicate:
+def _backend_ip(text: str) -> str | None:
+    """None: it is a pod's name."""
     try:
-        ip = _ip("backend", text)
+        return _ip("backend", text)
     except ValueError:
         if ":" in text or re.fullmatch(r"[\d.]+", text):
             raise
-    else:
+    return None
+
+
+def _answered_by(text: str) -> Predicate:
+    ip = _backend_ip(text)
+    if ip is not None:
         return lambda t: t.backend is not None and t.backend.ip == ip
     match = _pod_glob(text)
 
@@ -204,9 +262,6 @@ def _ip(what: str, text: str) -> str:
 
 
 _MAKERS: dict[str, Callable[[Any, Side], Predicate]] = {
-    "namespaces": _in_namespace,
-    "pods": _of_pod,
-    "container": lambda value, _: _of_container(value),
     "pid": lambda value, _: _of_pid(value),
     "comm": lambda value, _: _of_process(value),
     "name": lambda value, _: _named(value),

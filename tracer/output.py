@@ -56,6 +56,7 @@ class JsonOutput:
                 duration_ns=totals.duration_ns,
                 lost=lost,
                 unmatched=unmatched,
+                problem=totals.names_problem,
             )
         )
         from tracer.show import summary
@@ -96,4 +97,4 @@ class TextOutput:
         lost, unmatched = losses(session, totals)
         with streams.writing():
             sys.stdout.flush()
-        streams.tell(self._summary.text(totals.duration_ns, lost, unmatched))
+        streams.tell(self._summary.text(totals.duration_ns, lost, unmatched, totals.names_problem))

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The live trace: from records to what is shown, until somebody or something ends it.
 
-    ring ─▶ assemble ─▶ name ─▶ filter ─▶ group into lookups ─▶ show
+    ring ─▶ assemble ─▶ name ─▶ nest ─▶ filter ─▶ group into lookups ─▶ show
 
 One thread does all of it, a batch at a time. A signal only asks it to stop, so that the summary
 is always the last line and always whole.
@@ -15,17 +15,26 @@ import signal
 import socket
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
-from tracer.assemble import Assembler
+from tracer.assemble import Assembler, apart
 from tracer.cluster.resolvers import Resolvers
+from tracer.connection import Losses
+from tracer.connection_room import ConnectionRoom
+from tracer.connections import Connections
+from tracer.correlate.upstream import Upstream
 from tracer.kernel.symbols import kernel_symbol
+from tracer.late_names import LateNames
 from tracer.record import Counter
+from tracer.slots import slots_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Container, Iterable, Iterator, Sequence
     from types import FrameType
+
+    import numpy as np
+    from numpy.typing import NDArray
 
     from tracer.cluster.identities import Identities
     from tracer.correlate.lookups import Lookups
@@ -37,9 +46,11 @@ _IDLE_WAIT_S = 0.05
 _BUSY_WAIT_S = 0.01
 _BUSY_FILL = 0.1
 _SWEEP_NS = 250_000_000
-_LOOK_NS = 1_000_000_000
+_UNNAMED_MAX = 1024  # batches
+_WRITTEN_AT_ONCE = 512
 _GC_THRESHOLD = 50_000
 _STALLED_S = 2.0  # how long output may take once we are asked to stop
+_GRACE_NS = 2_000_000_000  # for an answer that comes when its client has just given up
 _LAST_ANSWERS_S = 0.05  # for what was asked just before the end
 
 
@@ -58,6 +69,9 @@ class Totals:
     filtered: int = 0
     unanswered_at_end: int = 0
     lookups_cut_short: int = 0
+    upstream_forgotten: int = 0
+    names_problem: str | None = None  # why names may be missing or out of date
+    connections: Losses = field(default_factory=Losses)
     duration_ns: int = 0
 
 
@@ -72,9 +86,12 @@ class Stop:
     (`writing` for longer than a moment after that), OutputStalledError ends it.
     """
 
-    def __init__(self, duration_ns: int | None) -> None:
+    def __init__(self, duration_ns: int | None, *, hangup_stops: bool = True) -> None:
+        self._hangup_stops = hangup_stops
+        self._hung_up = False
         self._wakes, self._woken = socket.socketpair()
         self._woken.setblocking(False)
+        self._wakes.setblocking(False)
         self._requested = False
         self._writing = False
         self._duration_ns = duration_ns
@@ -84,7 +101,10 @@ class Stop:
         signal.signal(signal.SIGALRM, self._give_up_writing)
         signal.set_wakeup_fd(self._woken.fileno(), warn_on_full_buffer=False)
 
-    def _request(self, _number: int, _frame: FrameType | None) -> None:
+    def _request(self, number: int, _frame: FrameType | None) -> None:
+        if number == signal.SIGHUP and not self._hangup_stops:
+            self._hung_up = True
+            return
         self._requested = True
         signal.setitimer(signal.ITIMER_REAL, _STALLED_S, _STALLED_S)
 
@@ -112,6 +132,11 @@ class Stop:
             signal.signal(number, signal.SIG_IGN)
         signal.setitimer(signal.ITIMER_REAL, 0)
 
+    def hung_up(self) -> bool:
+        """Whether SIGHUP came since the last call, where that does not stop."""
+        hung_up, self._hung_up = self._hung_up, False
+        return hung_up
+
     def now(self) -> bool:
         """Whether to stop."""
         return self._requested or (self._end_s is not None and time.monotonic() >= self._end_s)
@@ -120,7 +145,9 @@ class Stop:
         """Sleeps, at most until it is time to stop."""
         if self._end_s is not None:
             seconds = min(seconds, max(0.0, self._end_s - time.monotonic()))
-        select.select([self._wakes], [], [], seconds)
+        woken, _, _ = select.select([self._wakes], [], [], seconds)
+        if woken and not self._requested:  # else it stays awake
+            self._wakes.recv(64)
 
 
 @dataclass(slots=True)
@@ -139,7 +166,26 @@ class Trace:
     count: int | None
     totals: Totals
     stop: Stop
-    keep_up: Callable[[], None]  # called now and then, to learn what has become of pods
+    keep_up: Callable[[], None]  # called often, to learn what has become of pods
+    refuse: Callable[[int], None]  # told the cgroups of those that are not kept
+    _servers: Container[int] = ()
+    _late: LateNames = field(init=False)
+    _waiting: set[tuple[int, int]] = field(default_factory=set)  # (id, port) of the last queries
+    _assembler: Assembler = field(init=False)
+    _connections: Connections = field(init=False)
+    _room: ConnectionRoom = field(init=False)
+    _upstream: Upstream = field(init=False)
+    _resolvers: Resolvers = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._assembler = Assembler(self.identities, self.session.built.drop_reasons, kernel_symbol)
+        self._late = LateNames(self.identities, _UNNAMED_MAX)
+        self._connections = Connections(self.timeout_ns)
+        self._room = ConnectionRoom(self.session, self._connections)
+        self._upstream = Upstream(
+            self.timeout_ns + _GRACE_NS, self.identities.shared_netns(), apart
+        )
+        self._resolvers = Resolvers(self.identities.cgroups_of)
 
     def run(self) -> None:
         """Traces until it is time to stop, then reports what is still waiting."""
@@ -149,56 +195,104 @@ class Trace:
         gc.set_threshold(_GC_THRESHOLD)
         stop.start()
         started_ns = time.monotonic_ns()
-        assembler = Assembler(self.identities, self.session.built.drop_reasons, kernel_symbol)
-        resolvers = Resolvers(self.identities.cgroups_of)
-        next_sweep_ns = next_look_ns = 0
+        next_sweep_ns = 0
         while not stop.now() and not self._enough():
             now_ns = time.monotonic_ns()
-            for batch in self.session.read():
-                self._take(assembler.assemble(batch), resolvers)
-                if stop.now():
-                    break
+            self._read()
             if now_ns >= next_sweep_ns:
                 next_sweep_ns = now_ns + _SWEEP_NS
-                expired = self.session.table.expire(now_ns - self.timeout_ns)
-                self._take(assembler.assemble(expired), resolvers)
-                if self.lookups is not None:
-                    self._show(self.lookups.expire(time.time_ns()))
-            if now_ns >= next_look_ns:
-                next_look_ns = now_ns + _LOOK_NS
-                self.keep_up()
+                self._sweep(now_ns)
+            self.keep_up()
             busy = self.session.fill() > _BUSY_FILL
             stop.wait(_BUSY_WAIT_S if busy else _IDLE_WAIT_S)
+        self._finish()
+        self.totals.duration_ns = time.monotonic_ns() - started_ns
+
+    def _read(self) -> None:
+        """Takes in what has left the kernel, and shows what is complete with it."""
+        in_flight: list[Transaction] = []
+        if self._upstream.wants_in_flight():
+            for records in (self.session.table.peek(), self._connections.peek()):
+                in_flight += self._assembler.assemble(records)
+        for ring, batch in self.session.read_all():
+            self._servers = self.session.serving()  # all of whom there may be queries in it
+            records = self._connections.feed(batch) if ring == "segments" else batch
+            # Of the small ring, all that was recorded before has been read.
+            self._feed(records, in_order=ring == "small")
+            if self.stop.now():
+                break
+        self._name_late(time.monotonic_ns())
+        self._take(self._upstream.resolve(time.time_ns(), in_flight))
+
+    def _sweep(self, now_ns: int) -> None:
+        """Ends what has waited too long."""
+        connections = self._connections
+        self._feed(self.session.table.expire(now_ns - self.timeout_ns))
+        self._feed(connections.expire(now_ns))
+        self._room(now_ns)
+        if self.lookups is not None:
+            self._show(self.lookups.expire(time.time_ns()))
+
+    def _finish(self) -> None:
+        """Takes every program away, and reports all that is left."""
         self.session.pause()
-        if self.session.table.in_flight():
+        if self.session.table.in_flight() or self._connections.waiting():
             time.sleep(_LAST_ANSWERS_S)
         self.session.detach()
-        for batch in self.session.read():
-            self._take(assembler.assemble(batch), resolvers)
+        self._read()
         while len(waiting := self.session.table.expire(time.monotonic_ns())):
-            self.totals.unanswered_at_end += len(waiting)
-            self._take(assembler.assemble(waiting), resolvers)
+            self._feed_waiting(waiting)
+        self._feed_waiting(self._connections.flush())
+        self.keep_up()
+        self._name_late(0, at_once=True)
+        self._take(self._upstream.flush(time.time_ns()))
         if self.lookups is not None:
             self._show(self.lookups.flush())
             self.totals.lookups_cut_short = self.lookups.evicted
-        self.totals.duration_ns = time.monotonic_ns() - started_ns
+        self.totals.connections = self._connections.lost
+        self.totals.upstream_forgotten = self._upstream.evicted
+
+    def _feed_waiting(self, records: NDArray[np.void]) -> None:
+        """The same of what still waits at the end, which the summary tells if it is shown."""
+        slots = slots_of(records)
+        ports = slots["flows"]["client_port"][:, 0]
+        self._waiting.update(zip(slots["dns_id"].tolist(), ports.tolist(), strict=True))
+        self._feed(records)
+
+    def _feed(self, records: NDArray[np.void], *, in_order: bool = False) -> None:
+        """Hands on what is complete and has its names."""
+        self._hand_on(self._late.hold(records), in_order=in_order)
+
+    def _name_late(self, now_ns: int, *, at_once: bool = False) -> None:
+        for records in self._late.due(now_ns, at_once=at_once):
+            self._hand_on(records)
+
+    def _hand_on(self, records: NDArray[np.void], *, in_order: bool = False) -> None:
+        transactions = self._assembler.assemble(records)
+        now_ns = time.time_ns()
+        self._take(self._upstream.feed(transactions, self._servers, now_ns, in_order=in_order))
 
     def _enough(self) -> bool:
         return self.count is not None and self.totals.transactions >= self.count
 
-    def _take(self, transactions: Iterable[Transaction], resolvers: Resolvers) -> None:
+    def _take(self, transactions: Iterable[Transaction]) -> None:
         items: list[Transaction | Lookup] = []
         now_ns = time.time_ns()
         for t in transactions:
             if not self.keep(t):
                 self.totals.filtered += 1
+                if t.client.cgroup_id and t.client.pod is None:
+                    self.refuse(t.client.cgroup_id)
                 continue
             if self._enough():
                 break
             self.totals.transactions += 1
+            if self._waiting and t.latency_ns is None and t.status != "answered":
+                waited = (t.dns_id or 0, t.client.port) in self._waiting
+                self.totals.unanswered_at_end += waited
             items.append(t)
             if self.lookups is not None:
-                found = self.lookups.feed(t, resolvers.of(t.client), now_ns)
+                found = self.lookups.feed(t, self._resolvers.of(t.client), now_ns)
                 self.totals.lookups += len(found)
                 items += found
         if items:
@@ -210,25 +304,31 @@ class Trace:
             self._write(found)
 
     def _write(self, items: Sequence[Transaction | Lookup]) -> None:
-        with self.stop.writing():
-            self.output.write(items)
+        for start in range(0, len(items), _WRITTEN_AT_ONCE):  # lest memory grow with bursts
+            with self.stop.writing():
+                self.output.write(items[start : start + _WRITTEN_AT_ONCE])
 
 
 def losses(session: Session, totals: Totals) -> tuple[dict[str, int], dict[str, int]]:
     """The summary's `lost` and `unmatched`: what was seen, but is in no transaction."""
     counters = session.counters()
+    tcp = totals.connections
     lost = {
         "ring_full": counters[Counter.RING_FULL],
         "table_full": counters[Counter.TABLE_FULL] + session.table.leaked,
-        "undecodable": counters[Counter.UNDECODABLE],
+        "undecodable": counters[Counter.UNDECODABLE] + tcp.undecodable,
         "filtered": counters[Counter.FILTERED] + totals.filtered,
         "preempted": counters[Counter.PREEMPTED],
-        "hops": counters[Counter.HOPS_LOST],
+        "hops": counters[Counter.HOPS_LOST] + tcp.hops,
+        "segments": counters[Counter.SEGMENTS_LOST],
+        "tcp_bytes": tcp.bytes,
+        "connections": counters[Counter.CONNECTIONS_FULL] + tcp.cut_short,
+        "upstream": totals.upstream_forgotten,
         "lookups": totals.lookups_cut_short,
         "devices": session.devices.failures,
     }
     unmatched = {
-        "responses": counters[Counter.UNMATCHED_RESPONSES],
+        "responses": counters[Counter.UNMATCHED_RESPONSES] + tcp.unmatched_responses,
         "queries": totals.unanswered_at_end,
     }
     return lost, unmatched

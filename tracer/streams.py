@@ -9,7 +9,9 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, TextIO
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
+
+_say: Callable[[str], None] | None = None
 
 
 class OutputError(Exception):
@@ -48,8 +50,17 @@ def discard(stream: TextIO) -> None:
     os.close(nowhere)
 
 
+def say_by(how: Callable[[str], None]) -> None:
+    """Has `say` tell in another form from now on: there is no person at a terminal."""
+    global _say  # noqa: PLW0603 - the process has one stderr
+    _say = how
+
+
 def say(message: str) -> None:
     """One line for the person at the terminal."""
+    if _say is not None:
+        _say(message)
+        return
     if not message.isprintable():
         from tracer.show import cells  # which loads rich, and hardly any message needs it
 

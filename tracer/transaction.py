@@ -33,11 +33,16 @@ class Client(NamedTuple):
 
 
 class Server(NamedTuple):
-    """Whom the client addressed. `service` is "namespace/name" where the address is a service's."""
+    """Whom the client addressed. `service` is "namespace/name" where the address is a service's.
+
+    `role`: "cluster" of a DNS service, "node-cache" of NodeLocal DNSCache, "stub" of a resolver on
+    the loopback, "upstream" of one outside the cluster.
+    """
 
     ip: str
     port: int
     service: str | None = None
+    role: str | None = None
 
 
 class Backend(NamedTuple):
@@ -77,7 +82,7 @@ class Hop(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """One resource record of the answer section, in presentation format."""
+    """One resource record, in presentation format."""
 
     name: str
     type: str
@@ -85,12 +90,21 @@ class Answer(NamedTuple):
     data: str
 
 
+class Served(NamedTuple):
+    """The query at the socket of who answered it. Times as in `time_ns`."""
+
+    netns: int | None
+    cgroup_id: int | None
+    received_ns: int
+    answered_ns: int | None
+
+
 class Transaction(NamedTuple):
     """One query and what became of it."""
 
     time_ns: int  # of the send, since 1970
     status: Status
-    dns_id: int
+    dns_id: int | None  # None: nothing was asked, since the connection was refused
     protocol: Literal["udp", "tcp"]
     name: str | None  # absolute, presentation format, case kept; None: no or malformed question
     type: str | None
@@ -105,6 +119,10 @@ class Transaction(NamedTuple):
     response: bytes | None
     response_len: int | None  # on the wire
     make_hops: Callable[[], tuple[Hop, ...]]  # hops are seldom asked for, and cost the most
+    served: Served | None = None  # None: not seen on this machine
+    problem: str | None = None  # with the connection; those of messages are found when decoded
+    upstream: tuple[Transaction, ...] | None = None  # None: unknown, as the server was not seen
+    upstream_unsure: int = 0  # more, that are this one's or another's of the same question
 
     @property
     def hops(self) -> tuple[Hop, ...]:

@@ -21,6 +21,7 @@ from __future__ import annotations
 import enum
 import functools
 import re
+from collections import Counter
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from tracer.transaction import Lookup
@@ -101,7 +102,7 @@ def asked(t: Transaction, name: str, now_ns: int) -> Asked:
     return Asked(
         name.lower(),
         t.type,
-        t.dns_id,
+        t.dns_id or 0,
         t.client.port,
         t.query[10:12] != _NO_RECORDS,
         t.time_ns,
@@ -209,11 +210,20 @@ class Chain:
             return False
         if self.kind == ADDRESSES and len(last) == 1 and not one_family:
             return False
+        if self._goes_on_again(len(last)):
+            return False
         return self.found or (
             self.search is not None
             and len(self.stems) == 1
             and len(self.names) == len({*self.suffixes, ""})
         )
+
+    def _goes_on_again(self, families: int) -> bool:
+        """Whether one family was sent again: glibc does that with both."""
+        if families < 2 or len(self.members) <= families:
+            return False
+        sent = Counter((m.type, m.dns_id) for m in self.members if m.name == self.names[-1])
+        return len({type_ for (type_, _), times in sent.items() if times > 1}) == 1
 
     def conclude(self) -> Lookup:
         """What it all amounts to."""
@@ -354,9 +364,10 @@ class Chain:
 def _is_retry(query: Asked, twins: list[Asked], same: list[Asked]) -> bool:
     """Whether a question is asked once more in the same lookup, and not in another one."""
     if any(m.dns_id == query.dns_id for m in twins) and any(
-        m.outcome is Outcome.NONE for m in (*same, query)
+        m.outcome in (Outcome.NONE, Outcome.TRUNCATED) for m in (*same, query)
     ):
-        # What is sent again keeps its id; what is asked anew has another.
+        # What is sent again keeps its id; what is asked anew has another. With one family's
+        # answer truncated, glibc asks for both again.
         return True
     last = twins[-1]
     if last.outcome is Outcome.NONE:

@@ -18,8 +18,10 @@ from tracer import decode
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from tracer.decode import Edns, Response
     from tracer.transaction import (
         Address,
+        Answer,
         Backend,
         Client,
         Hop,
@@ -35,45 +37,56 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 _PLACES_MAX = 4096
 
+_NO_RESPONSE = dict.fromkeys(
+    ("answers", "authority", "additional", "edns", "extended_error", "negative_ttl")
+)
+
+_RESPONSES_MAX = 1024
+_RESPONSE_LEN_MAX = 16 << 10  # of what is remembered
+
+_responses: dict[int, tuple[Response, dict[str, Any]]] = {}
 _seconds: dict[int, str] = {}
 _places: dict[tuple[str | None, int | None, int | None, str | None], tuple[str, str]] = {}
 
 
 def transaction(t: Transaction) -> bytes:
-    """One line for a query and what became of it, hops and answers included."""
-    answers: list[dict[str, Any]] | None = None
-    problem = decode.question(t.query).problem
+    """One line for a query and what became of it, with hops, answers, and what it caused."""
+    return _line(transaction_object(t))
+
+
+def transaction_object(t: Transaction) -> dict[str, Any]:
+    """The same as an object."""
+    response = None
+    problem = t.problem or decode.question(t.query).problem
     if t.response is not None:
-        decoded = decode.answers(t.response, t.response_len or len(t.response))
-        answers = [
-            {"name": name, "type": type_, "ttl": ttl, "data": data}
-            for name, type_, ttl, data in decoded.records
-        ]
-        problem = problem or decoded.problem
+        response = decode.response(t.response, t.response_len or len(t.response))
+        problem = problem or response.problem
     backend = t.backend
-    return _line(
-        {
-            "event": "transaction",
-            "time": rfc3339(t.time_ns),
-            "status": t.status,
-            "id": t.dns_id,
-            "protocol": t.protocol,
-            "name": t.name,
-            "type": t.type,
-            "rcode": t.rcode,
-            "flags": t.flags,
-            "answers": answers,
-            "latency_ns": t.latency_ns,
-            "attempt": t.attempt,
-            "client": _client(t.client),
-            "server": _server(t.server),
-            "backend": None if backend is None else _backend(backend),
-            "hops": _hops(t.hops),
-            "upstream": None,
-            "response_len": t.response_len,
-            "problem": problem,
-        }
-    )
+    upstream = t.upstream
+    return {
+        "event": "transaction",
+        "time": rfc3339(t.time_ns),
+        "status": t.status,
+        "id": t.dns_id,
+        "protocol": t.protocol,
+        "name": t.name,
+        "type": t.type,
+        "opcode": decode.opcode(t.query),
+        "rcode": t.rcode,
+        "flags": t.flags,
+        **(_NO_RESPONSE if response is None else _response(response)),
+        "query_edns": _edns(decode.query_edns(t.query)),
+        "latency_ns": t.latency_ns,
+        "attempt": t.attempt,
+        "client": _client(t.client),
+        "server": _server(t.server),
+        "backend": None if backend is None else _backend(backend),
+        "hops": _hops(t.hops),
+        "upstream": None if upstream is None else [transaction_object(one) for one in upstream],
+        "upstream_unsure": t.upstream_unsure,
+        "response_len": t.response_len,
+        "problem": problem,
+    }
 
 
 def lookup(found: Lookup) -> bytes:
@@ -106,8 +119,12 @@ def summary(
     duration_ns: int,
     lost: Mapping[str, int],
     unmatched: Mapping[str, int],
+    problem: str | None = None,
 ) -> bytes:
-    """The last line of a run: how much there was, and how complete it is."""
+    """The last line of a run: how much there was, and how complete it is.
+
+    `problem`: why names may be missing or out of date.
+    """
     return _line(
         {
             "event": "summary",
@@ -116,6 +133,7 @@ def summary(
             "duration_ns": duration_ns,
             "lost": dict(lost),
             "unmatched": dict(unmatched),
+            "problem": problem,
         }
     )
 
@@ -136,6 +154,53 @@ def address(where: Address) -> str:
     return f"[{ip}]:{port}" if ":" in ip else f"{ip}:{port}"
 
 
+def _response(response: Response) -> dict[str, Any]:
+    """What a response adds to its line; encoded already where it comes again and again."""
+    # What is remembered holds on to its response, so nothing else can have that one's id.
+    known = _responses.get(id(response))
+    if known is not None:
+        return known[1]
+    answers, authority, additional, edns, error, negative_ttl, _ = response
+    fields: dict[str, Any] = {
+        "answers": _records(answers),
+        "authority": _records(authority),
+        "additional": _records(additional),
+        "edns": _edns(edns),
+        "extended_error": error and {"code": error.code, "name": error.name, "text": error.text},
+        "negative_ttl": negative_ttl,
+    }
+    size = 0
+    for name, value in fields.items():
+        if value:
+            encoded = orjson.dumps(value)
+            size += len(encoded)
+            fields[name] = orjson.Fragment(encoded)
+    if size <= _RESPONSE_LEN_MAX:
+        if len(_responses) >= _RESPONSES_MAX:
+            _responses.clear()
+        _responses[id(response)] = response, fields
+    return fields
+
+
+def _records(records: tuple[Answer, ...]) -> list[dict[str, Any]]:
+    return [
+        {"name": name, "type": type_, "ttl": ttl, "data": data}
+        for name, type_, ttl, data in records
+    ]
+
+
+def _edns(edns: Edns | None) -> dict[str, Any] | None:
+    if edns is None:
+        return None
+    version, udp_size, do, options = edns
+    return {
+        "version": version,
+        "udp_size": udp_size,
+        "do": do,
+        "options": [{"code": code, "name": name, "data": data} for code, name, data in options],
+    }
+
+
 def _client(client: Client) -> dict[str, Any]:
     ip, port, netns, cgroup_id, pid, comm, namespace, pod, container, node = client
     return {
@@ -153,7 +218,12 @@ def _client(client: Client) -> dict[str, Any]:
 
 
 def _server(server: Server) -> dict[str, Any]:
-    return {"ip": server.ip, "port": server.port, "service": server.service}
+    return {
+        "ip": server.ip,
+        "port": server.port,
+        "service": server.service,
+        "role": server.role,
+    }
 
 
 def _backend(backend: Backend) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from rich.style import Style
 
 TEXT_MAX = 253  # of what others name: the longest DNS name that Kubernetes allows
 ELLIPSIS = "…"
-_ASCII = str.maketrans("→←…µ└—━╸█✗", "><~u`-=-#x")
+_ASCII = str.maketrans("→←…µ└┌│—━╸█✗", "><~u`,|-=-#x")
 _REMEMBERED = 4096
 
 

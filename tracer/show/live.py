@@ -3,12 +3,15 @@
 
 On a terminal the columns fit its width, long values are shortened in the middle, and a wide one
 shows more columns. Into a pipe go all values in full, the same columns always, no spaces in any of
-them but the last (the latency), and no colour.
+them but the last two (the latency and the answer), and no colour.
 
 SERVER is whom the client addressed, and after the arrow who answered, where NAT made that another;
 a narrow terminal shows only the latter. STATUS is the rcode; NODATA where there is no error and no
 answer either; TC where the answer was truncated; in small letters what happened instead of an
 answer.
+
+ANSWER is where aliases lead and the first of the records; how long it may be remembered that there
+are none, which the SOA record says; the extended error.
 
 rich says what the terminal can do. The lines are made by plain formatting, since thousands a second
 may come.
@@ -22,6 +25,7 @@ from typing import TYPE_CHECKING, NamedTuple, TextIO
 
 from rich.console import Console
 
+from tracer.show import answer, upstream
 from tracer.show.cells import address, ansi, clean, duration, encodable, fit, fit_name
 from tracer.transaction import Lookup
 
@@ -44,6 +48,7 @@ _HOPS_WIDTH = 4
 _BOTH_SERVERS_WIDTH = 22
 _LOOKUP_FACTS_WIDTH = 54  # of what is said about a lookup beside its question
 _HEADER_EVERY_MIN = 10
+_ANSWER_WIDTH = 20  # at least, where there is room for it
 _NO_ANSWERS = b"\0\0"
 _FAILURES = {"SERVFAIL", "REFUSED", "FORMERR", "NOTIMP", "timeout", "dropped", "refused"}
 _DISAPPOINTMENTS = {"NXDOMAIN", "NODATA", "TC"}
@@ -60,11 +65,12 @@ class _Layout(NamedTuple):
     attempt: bool = False
     protocol: bool = False
     hops: bool = False
+    answer: int = 0
     piped: bool = False
 
 
 _NARROWEST = _Layout(client=12, name=20, server=14)
-_PIPED = _Layout(36, 48, 36, process=16, ms=True, attempt=True, protocol=True, piped=True)
+_PIPED = _Layout(36, 48, 36, process=16, ms=True, attempt=True, protocol=True, answer=6, piped=True)
 
 
 class LiveTable:
@@ -108,6 +114,8 @@ class LiveTable:
         if layout.hops:
             cells.append("HOPS")
         cells += ["STATUS".ljust(_STATUS_WIDTH), "LATENCY".rjust(_LATENCY_WIDTH)]
+        if layout.answer:
+            cells.append("ANSWER".ljust(layout.answer))
         return self._colored(" ".join(cells), self._bold)
 
     def line(self, t: Transaction) -> str:
@@ -121,15 +129,15 @@ class LiveTable:
         name = t.name or "-"
         status = _status(t)
         latency = duration(t.latency_ns)
-        client = _client(t.client)
+        client = _client(t.client, with_process=layout.piped or bool(layout.process))
         server = _servers(t, both=layout.server >= _BOTH_SERVERS_WIDTH)
         if layout.piped:
             line = (
                 f"{clock} {_field(client):<36} {_field(_process(t.client)):<16} {name:<48}"
                 f" {t.type or '-':<5} {_field(server):<36} {t.protocol:<5} {t.attempt:>3}"
-                f" {status:<8} {latency:>7}"
+                f" {status:<8} {latency:>7} {answer.short(t)}"
             )
-            return self._encodable(line)
+            return self._encodable(line.rstrip())
         cells = [
             clock,
             fit(client, layout.client),
@@ -147,6 +155,8 @@ class LiveTable:
             cells.append(f"{len(t.hops):>{_HOPS_WIDTH}}")
         cells.append(self._status_cell(status))
         cells.append(self._latency_cell(t.latency_ns, latency))
+        if layout.answer:
+            cells.append(fit(answer.short(t), layout.answer))
         return self._encodable(" ".join(cells))
 
     def lookup(self, found: Lookup) -> str | None:
@@ -176,13 +186,26 @@ class LiveTable:
             rows = [f"{facts} — {found.advice}"]
         return "\n".join(self._colored(row, self._dim) for row in rows)
 
+    def because(self, t: Transaction) -> str | None:
+        """Whom its server waited for too long, or in vain, indented; None if for nobody."""
+        found = upstream.in_short(t) or t.problem
+        if found is None:
+            return None
+        text = f"  └ {found}"
+        return self._colored(
+            fit(text, self._room()).rstrip() if self._terminal else text, self._dim
+        )
+
     def write(self, items: Iterable[Transaction | Lookup]) -> None:
         """Writes a batch in one go, with the header where a reader would miss it."""
         lines: list[str] = []
         if self._terminal:
             self._measure()
         for item in items:
-            shown = self.lookup(item) if isinstance(item, Lookup) else self.line(item)
+            if isinstance(item, Lookup):
+                shown = self.lookup(item)
+            else:
+                shown = "\n".join(filter(None, (self.line(item), self.because(item))))
             if shown is None:
                 continue
             if self._lines_to_header <= 0:
@@ -237,8 +260,11 @@ def _layout(width: int) -> _Layout:
     """The columns for a terminal of that width, at least 80."""
     spare = max(width, _WIDTH_MIN) - _WIDTH_MIN
     process = attempt = protocol = hops = ms = False
+    answer_width = 0
     if spare >= 12:
         ms, spare = True, spare - 4
+    if spare >= _ANSWER_WIDTH + 1:
+        answer_width, spare = _ANSWER_WIDTH, spare - _ANSWER_WIDTH - 1
     if spare >= 40:
         process, spare = True, spare - 17
     if spare >= 40:
@@ -247,24 +273,29 @@ def _layout(width: int) -> _Layout:
         hops, spare = True, spare - _HOPS_WIDTH - 1
     client = min(spare // 4, 24)
     server = min(spare // 4, 30)
+    more_answer = min(spare // 4, 40) if answer_width else 0
     return _Layout(
         client=_NARROWEST.client + client,
-        name=_NARROWEST.name + spare - client - server,
+        name=_NARROWEST.name + spare - client - server - more_answer,
         server=_NARROWEST.server + server,
         process=16 if process else 0,
         ms=ms,
         attempt=attempt,
         protocol=protocol,
         hops=hops,
+        answer=answer_width + more_answer,
     )
 
 
-def _client(client: Client) -> str:
+def _client(client: Client, *, with_process: bool) -> str:
+    """`with_process`: another column says which process it is."""
     if client.pod is not None:
         return clean(f"{client.namespace}/{client.pod}" if client.namespace else client.pod)
     if client.container is not None:
         return clean(client.container)
-    return client.ip if client.pid is None and client.comm is None else _process(client)
+    if with_process or (client.pid is None and client.comm is None):
+        return client.ip
+    return _process(client)
 
 
 def _process(client: Client) -> str:
@@ -275,7 +306,7 @@ def _process(client: Client) -> str:
 
 
 def _servers(t: Transaction, *, both: bool) -> str:
-    ip, port, _ = t.server
+    ip, port = t.server.ip, t.server.port
     server = ip if port == 53 else address(ip, port)
     backend = t.backend
     if backend is None or (backend.ip == ip and backend.port == port):

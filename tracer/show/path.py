@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, TextIO
 
 from rich.console import Console
 
+from tracer import decode
+from tracer.show import answer, upstream
 from tracer.show.cells import address, ansi, clean, duration, encodable, fit, fit_name, shorten
 from tracer.transaction import Transaction
 
@@ -32,6 +34,7 @@ _KIND_WIDTH = 9  # arrow, space, kind
 _DEVICE_WIDTH = 15  # IFNAMSIZ without the zero byte
 _BAR_WIDTH = 12
 _OWNER_WIDTH = _WIDTH_MIN - 2 * _TIME_WIDTH - _BAR_WIDTH - _KIND_WIDTH - _DEVICE_WIDTH - 7
+_ANSWER_LINES = 4
 _NOTE_INDENT = " " * (2 * _TIME_WIDTH + 4)
 _ARROWS = {"query": "→", "response": "←"}
 
@@ -64,14 +67,20 @@ class PathView:
 
 
 def render(t: Transaction, width: int, *, color: bool = False) -> str:
-    """The waterfall in lines of at most `width` cells (80 at least), without a last line end."""
-    width = max(width, _WIDTH_MIN)
+    """The waterfall in lines of at most `width` cells (80 at least), without a last line end.
+
+    Within it come those of the queries that its server made to answer it.
+    """
+    return "\n".join(_render(t, max(width, _WIDTH_MIN), color=color))
+
+
+def _render(t: Transaction, width: int, *, color: bool) -> list[str]:
     hops = t.hops
     bold, faint, bad = (ansi(style, color=color) for style in ("bold", "dim", "red"))
     lines = [bold[0] + _title(t, width) + bold[1]]
     lines += _wrap(_subtitle(t), width)
     if hops:
-        spare = width - _WIDTH_MIN
+        spare = max(width - _WIDTH_MIN, -_OWNER_WIDTH // 2)
         bar_width = _BAR_WIDTH + spare // 3
         owner_width = _OWNER_WIDTH + spare - spare // 3
         lines.append(faint[0] + _header(bar_width, owner_width) + faint[1])
@@ -86,11 +95,36 @@ def render(t: Transaction, width: int, *, color: bool = False) -> str:
             if hop.kind == "drop":
                 lines += [bad[0] + line + bad[1] for line in _note(_dropped(hop), width)]
             before = hop
+            if hop.kind == "receive" and hop.direction == "query":
+                lines += _nested(t, width, color=color)
     else:
         lines.append("  no hops were seen")
+    for said in answer.long(t):
+        lines += _cut(_wrap(said, width))
     verdict = bad if t.status != "answered" else bold
     lines += [verdict[0] + line + verdict[1] for line in _wrap(_verdict(t, hops), width)]
-    return "\n".join(lines)
+    return lines
+
+
+def _cut(lines: list[str]) -> list[str]:
+    """The beginning of what is long, and how much more there is."""
+    more = len(lines) - _ANSWER_LINES
+    if more <= 1:
+        return lines
+    return [*lines[:_ANSWER_LINES], f"  … {more} lines more; --json has all"]
+
+
+def _nested(t: Transaction, width: int, *, color: bool) -> list[str]:
+    """What the server asked itself meanwhile, indented, where it had the query."""
+    lines = []
+    for query in t.upstream or ():
+        after = duration(query.time_ns - t.time_ns)
+        lines.append(f"  ┌ at {after}, because of it:")
+        lines += ["  │ " + line for line in _render(query, width - 4, color=color)]
+    doubt = upstream.unsure(t)
+    if doubt:
+        lines += _wrap(doubt, width)
+    return lines
 
 
 def _title(t: Transaction, width: int) -> str:
@@ -105,7 +139,10 @@ def _title(t: Transaction, width: int) -> str:
 
 
 def _subtitle(t: Transaction) -> str:
-    parts = [f"{t.protocol.upper()}, id {t.dns_id}", _servers(t)]
+    opcode = decode.opcode(t.query)
+    what = "" if opcode in (None, "QUERY") else f" {opcode}"
+    number = "" if t.dns_id is None else f", id {t.dns_id}"
+    parts = [f"{t.protocol.upper()}{what}{number}", _servers(t)]
     if t.attempt > 1:
         parts.insert(1, f"attempt {t.attempt}")
     if t.client.pod is not None and (t.client.comm is not None or t.client.pid is not None):
@@ -117,6 +154,8 @@ def _servers(t: Transaction) -> str:
     server = address(t.server.ip, t.server.port)
     if t.server.service is not None:
         server += f" ({_ascii(t.server.service)})"
+    elif upstream.role(t.server):
+        server += f" ({upstream.role(t.server)})"
     backend = t.backend
     if backend is None or (backend.ip, backend.port) == (t.server.ip, t.server.port):
         return f"to {server}"
@@ -214,14 +253,21 @@ def _verdict(t: Transaction, hops: tuple[Hop, ...]) -> str:
     if t.status == "answered":
         took = "" if t.latency_ns is None else f" after {duration(t.latency_ns)}"
         return f"{t.rcode or 'answered'}{took}{_longest_gap(t, hops)}"
+    if t.problem is not None and t.status != "dropped":
+        return f"no answer: {t.problem}"
     if not hops:
         return _UNANSWERED[t.status]
-    last = hops[-1]
+    return _unanswered(t, hops[-1])
+
+
+def _unanswered(t: Transaction, last: Hop) -> str:
     if t.status == "dropped":
         at = "" if last.ifname is None else "at "
         return f"no answer: the {last.direction} was dropped {at}{_where(last)}"
     if t.status == "refused":
         to = _backend(t.backend) if t.backend is not None else address(t.server.ip, t.server.port)
+        if last.kind == "drop":
+            return f"no answer: nothing listens on {to}"
         return f"no answer: an ICMP error came back: {to} is unreachable, or nothing listens there"
     seen = f"last seen after {duration(last.t_ns)}, at {_at(last)}"
     return f"no answer in time: the {last.direction} was {seen}"
@@ -240,9 +286,12 @@ def _longest_gap(t: Transaction, hops: tuple[Hop, ...]) -> str:
         return ""
     before, after = max(itertools.pairwise(hops), key=lambda pair: pair[1].t_ns - pair[0].t_ns)
     gap_ns = after.t_ns - before.t_ns
+    blame = _blame(t, before, after)
+    if before.kind == "receive" and before.direction == "query" and after.kind == "send":
+        return f"; {100 * gap_ns // total_ns} % of it ({duration(gap_ns)}) in {blame}"
     return (
         f"; {100 * gap_ns // total_ns} % of it ({duration(gap_ns)}) between {_at(before)}"
-        f" and {_at(after)}: {_blame(t, before, after)}"
+        f" and {_at(after)}: {blame}"
     )
 
 
@@ -252,7 +301,8 @@ def _blame(t: Transaction, before: Hop, after: Hop) -> str:
         server = "the server" if t.backend is None else f"the server {_backend(t.backend)}"
         pod = None if t.backend is None else _owner(t.backend)
         if before.kind == "receive" or (pod is not None and before.owner == pod):
-            return server
+            waited = upstream.longest_wait(t)
+            return f"{server}, {waited}" if waited else server
         return f"{server}, and the way to it and back"
     if before.direction != after.direction:
         return "a query that was sent again"

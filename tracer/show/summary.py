@@ -10,7 +10,7 @@ import textwrap
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from tracer.show.cells import duration
+from tracer.show.cells import duration, printable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -23,7 +23,7 @@ _STATUSES = {
     "answered": "answered",
     "timeout": "timed out",
     "dropped": "dropped",
-    "refused": "refused (ICMP error)",
+    "refused": "refused (nothing listens there)",
 }
 # What a counter counts, and what became of them. One that is not here is named as it is.
 _LOSSES = {
@@ -37,11 +37,18 @@ _LOSSES = {
     "preempted": ("packet", "not looked at, since the kernel was busy with another one"),
     "devices": ("device", "not watched, so hops there are missing"),
     "hops": ("hop", "not recorded, since the path was longer than there is room for"),
+    "segments": ("piece of a TCP segment", "lost, since they were read too slowly"),
+    "tcp_bytes": (
+        "byte of DNS over TCP",
+        "not understood: the connection was not seen from its start, or not whole",
+    ),
+    "connections": ("TCP connection", "not followed, since there were too many"),
+    "upstream": ("query of a server", "forgotten before what it was asked for was over"),
     "lookups": ("lookup", "cut short, since too many were open; the waste is counted too low"),
 }
 _UNMATCHED = {
     "responses": ("response", "without a query: it was asked before the start, or never"),
-    "queries": ("query", "still waiting at the end, and shown as timed out"),
+    "queries": ("query", "still waiting at the end, and shown as unanswered"),
 }
 
 
@@ -107,8 +114,17 @@ class Summary:
             self._wasted += found.wasted
             self._wasted_ns += found.wasted_ns
 
-    def text(self, duration_ns: int, lost: Mapping[str, int], unmatched: Mapping[str, int]) -> str:
-        """A few lines, without a last line end. Of losses only those that there were."""
+    def text(
+        self,
+        duration_ns: int,
+        lost: Mapping[str, int],
+        unmatched: Mapping[str, int],
+        names_problem: str | None = None,
+    ) -> str:
+        """A few lines, without a last line end. Of losses only those that there were.
+
+        `names_problem`: why pods may have no name, or an old one.
+        """
         lines = [f"{_counted(self.transactions, 'transaction')} in {duration(duration_ns)}"]
         if self.transactions:
             statuses = [
@@ -131,6 +147,8 @@ class Summary:
                 f" {_counted(self._wasted, 'query')} and {duration(self._wasted_ns)}"
             )
         lines += losses(lost, unmatched)
+        if names_problem:
+            lines.append(f"names: {printable(names_problem)}")
         return "\n".join(
             textwrap.fill(line, _WIDTH, subsequent_indent="  ", break_on_hyphens=False)
             for line in lines
@@ -140,6 +158,11 @@ class Summary:
 def _counted(count: int, what: str) -> str:
     if count == 1:
         return f"1 {what}"
+    what, of, rest = what.partition(" of ")
+    return _plural(count, what) + of + rest
+
+
+def _plural(count: int, what: str) -> str:
     return f"{count:,} {what.removesuffix('y')}ies" if what.endswith("y") else f"{count:,} {what}s"
 
 

@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What transactions are counted by, in words: from the kernel's series to names."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from tracer.assemble import Names, ip_text
+from tracer.decode.words import rcode_text, type_text
+from tracer.record import BackendKnown, SeriesKind, Status
+
+if TYPE_CHECKING:
+    import numpy as np
+
+_NO_RCODE = 255
+_TCP = 6
+
+
+class Labels(NamedTuple):
+    """Who asked whom for what, and what became of it. None: unknown, or not told apart by it.
+
+    Of stages (`of_stages`), only who asked and who answered are told apart.
+    """
+
+    of_stages: bool
+    namespace: str | None = None
+    pod: str | None = None
+    container: str | None = None
+    server_ip: str | None = None
+    server_port: int | None = None
+    service: str | None = None
+    server_role: str | None = None
+    backend_ip: str | None = None
+    backend_namespace: str | None = None
+    backend_pod: str | None = None
+    type: str | None = None  # "other": one of the rare ones
+    rcode: str | None = None
+    status: str = "answered"
+    protocol: str | None = None
+    overflow: bool = False  # all that found no room, whoever asked
+
+
+def labels_of(key: np.void, names: Names) -> Labels:
+    """Names for a SERIES_KEY."""
+    of_stages = key["kind"] == SeriesKind.OF_STAGES
+    status = Status(int(key["status"])).name.lower()
+    if key["backend"] == BackendKnown.OVERFLOW:
+        return Labels(of_stages, status=status, overflow=True)
+    client_ip = ip_text(key["client_addr"].tobytes()) if key["netns"] else ""
+    namespace, pod, container, _ = names.client(int(key["cgroup_id"]), int(key["netns"]), client_ip)
+    server_ip = ip_text(key["server_addr"].tobytes())
+    server_port = int(key["server_port"])
+    service = None if of_stages else names.service(server_ip, server_port)
+    backend_ip, backend_namespace, backend_pod = _backend(key, names)
+    if of_stages:
+        return Labels(
+            True,
+            namespace,
+            pod,
+            container,
+            backend_ip=backend_ip,
+            backend_namespace=backend_namespace,
+            backend_pod=backend_pod,
+            protocol=_protocol(key),
+        )
+    return Labels(
+        False,
+        namespace,
+        pod,
+        container,
+        server_ip,
+        server_port,
+        service,
+        names.role(server_ip),
+        backend_ip,
+        backend_namespace,
+        backend_pod,
+        type_text(int(key["type"])) if key["type"] else "other",
+        None if key["rcode"] == _NO_RCODE else rcode_text(int(key["rcode"])),
+        status,
+        _protocol(key),
+    )
+
+
+def _backend(key: np.void, names: Names) -> tuple[str | None, str | None, str | None]:
+    """Address, namespace and pod of who answered."""
+    if key["backend"] == BackendKnown.UNKNOWN:
+        return None, None, None
+    ip = ip_text(key["backend_addr"].tobytes())
+    # A service's own address does not tell who is behind it.
+    if key["backend"] == BackendKnown.AS_ASKED and names.service(ip, int(key["backend_port"])):
+        return None, None, None
+    return ip, *names.server(int(key["server_cgroup_id"]), ip)
+
+
+def _protocol(key: np.void) -> str:
+    return "tcp" if key["protocol"] == _TCP else "udp"

@@ -1,0 +1,381 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Continuous mode: the kernel counts, and every few seconds its counts become figures.
+
+    kernel's histograms ─▶ book ──┬─▶ figures (scraped)
+    TCP, time-outs ─▶ tally ─▶ book ─┴─▶ recorder
+    slow, failed, sampled ─▶ assemble ─▶ recorder
+
+One thread does all of it; scrapes read what it leaves in `figures`.
+"""
+
+from __future__ import annotations
+
+import gc
+import random
+import resource
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from tracer.assemble import Assembler
+from tracer.connection_room import ConnectionRoom
+from tracer.connections import Connections
+from tracer.continuous import memory
+from tracer.continuous.book import Book, Entry, statuses
+from tracer.continuous.log import log
+from tracer.continuous.metrics import Health
+from tracer.continuous.rows import histogram_rows, transaction_row, why_kept
+from tracer.kernel.aggregates import Aggregates
+from tracer.kernel.limits import CONTINUOUS
+from tracer.kernel.symbols import kernel_symbol
+from tracer.late_names import LateNames
+from tracer.record import Counter as Count
+from tracer.record import Status
+from tracer.run import Totals, losses
+from tracer.slots import slots_of
+from tracer.stages import stage_times
+from tracer.tally import Tally
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from numpy.typing import NDArray
+
+    from tracer.cluster.identities import Identities
+    from tracer.continuous.budget import Budget
+    from tracer.continuous.labels import Labels
+    from tracer.continuous.metrics import Figures
+    from tracer.continuous.recorder import Recorder
+    from tracer.kernel.session import Session
+    from tracer.run import Stop
+    from tracer.transaction import Transaction
+
+_WAIT_S = 0.25
+_BUSY_WAIT_S = 0.05
+_BUSY_FILL = 0.1
+_UNNAMED_MAX = 256  # batches
+_LAST_ANSWERS_S = 0.05
+_FORGET_S = 60.0
+_IDLE_NS = 600_000_000_000  # how long a series is kept that nothing is added to
+_CROWDED_IDLE_NS = 60_000_000_000  # the same, when tables are nearly full
+_CROWDED = 0.8
+_GC_THRESHOLD = 50_000
+
+
+@dataclass(slots=True)
+class Continuous:
+    """One run. `is_wanted` and `keep` are the filters, of labels and of transactions."""
+
+    session: Session
+    identities: Identities
+    keep_up: Callable[[], None]
+    stop: Stop
+    figures: Figures
+    recorder: Recorder | None
+    budget: Budget
+    timeout_ns: int
+    interval_s: float
+    is_wanted: Callable[[Labels], bool]
+    keep: Callable[[Transaction], bool]
+    names_problem: Callable[[], str | None]
+    totals: Totals = field(default_factory=Totals)
+    counted: Counter[str] = field(default_factory=Counter)  # transactions, by status
+    _assembler: Assembler = field(init=False)
+    _connections: Connections = field(init=False)
+    _room: ConnectionRoom = field(init=False)
+    _aggregates: Aggregates = field(init=False)
+    _tally: Tally = field(init=False)
+    _books: tuple[Book, Book] = field(init=False)
+    _late: LateNames = field(init=False)
+    _interval_ns: int = 0  # when it began, since 1970
+    _told: dict[str, int] = field(default_factory=dict)  # of coverage, at the interval before
+    _handled: int = 0  # transactions that left the kernel, or that it did not end
+    _own_not_kept: int = 0
+    _own_skipped: int = 0
+    _cpu_before_s: float = 0.0
+    _forget_s: float = 0.0
+    _is_ready: bool = False
+    _dice: random.Random = field(default_factory=random.Random)
+
+    def __post_init__(self) -> None:
+        names = self.identities
+        self._cpu_before_s = cpu_s()
+        self._assembler = Assembler(names, self.session.built.drop_reasons, kernel_symbol)
+        self._tally = Tally(self.session.built.drop_reasons)
+        self._late = LateNames(names, _UNNAMED_MAX)
+        self._connections = Connections(self.timeout_ns)
+        self._room = ConnectionRoom(self.session, self._connections)
+        self._aggregates = Aggregates(self.session.built.map_fds)
+        self._books = (Book(names, names.is_settled), Book(names, names.is_settled))
+
+    def run(self) -> None:
+        """Until it is time to stop; then all that was counted is in the figures and recorded."""
+        gc.freeze()
+        gc.set_threshold(_GC_THRESHOLD)
+        stop = self.stop
+        stop.start()
+        started_ns = time.monotonic_ns()
+        self._interval_ns = time.time_ns()
+        self._is_ready = True
+        self.session.keep(self.budget.look(time.monotonic(), 0))
+        self._reading()
+        due_s = time.monotonic() + self.interval_s
+        while not stop.now():
+            self._read()
+            self._sweep(time.monotonic_ns())
+            self.keep_up()
+            now_s = time.monotonic()
+            if now_s >= due_s:
+                due_s = now_s + self.interval_s
+                self._reading()
+                self._keep_to_budget(now_s)
+            if self.recorder is not None:
+                if stop.hung_up():
+                    self._reading()
+                    self.recorder.rotate()
+                self.recorder.look()
+            busy = self.session.fill() > _BUSY_FILL
+            stop.wait(_BUSY_WAIT_S if busy else _WAIT_S)
+        self._finish()
+        self.totals.duration_ns = time.monotonic_ns() - started_ns
+
+    def _keep_to_budget(self, now_s: float) -> None:
+        before = self.budget.keeping
+        kept = self.budget.look(now_s, self._handled)
+        if kept == before:
+            return
+        self.session.keep(kept)
+        log(
+            "info", "what leaves the kernel was adapted to the CPU budget",
+            sample=f"1/{kept.share}" if kept.share else "0",
+            slow_or_failed=f"1/{kept.notable_share}" if kept.notable_share else "0",
+            cpu_percent=round(self.budget.used * 100, 2),
+        )  # fmt: skip
+
+    def _read(self) -> None:
+        """Takes in what has left the kernel: what it has counted, and segments of TCP."""
+        for ring, batch in self.session.read_all():
+            if ring == "segments":
+                self._own(self._connections.feed(batch))
+            else:
+                # What its client gave up, the kernel leaves to us.
+                given_up = batch["transaction"]["status"] == Status.TIMEOUT
+                self._own(batch[given_up])
+                self._record(batch[~given_up])
+        self._name_late(time.monotonic_ns())
+
+    def _sweep(self, now_ns: int) -> None:
+        """Ends what has waited too long."""
+        self._own(self.session.table.expire(now_ns - self.timeout_ns))
+        self._own(self._connections.expire(now_ns))
+        self._room(now_ns)
+
+    def _own(self, records: NDArray[np.void]) -> None:
+        """Counts what the kernel did not end, and keeps of it what the kernel would have kept."""
+        if not len(records):
+            return
+        slots = slots_of(records)
+        self._tally.add(slots)
+        kept = self.budget.keeping
+        took_ns = slots["end_ns"].astype(np.int64) - slots["start_ns"].astype(np.int64)
+        rcodes = slots["response_flags"].astype(np.int64) & 15
+        notable = (slots["status"] != Status.ANSWERED) | ~np.isin(rcodes, (0, 3))
+        if kept.slower_ns:
+            notable |= (slots["end_ns"] != 0) & (took_ns >= kept.slower_ns)
+        weights = np.zeros(len(records), np.uint32)
+        for row, is_notable in enumerate(notable.tolist()):
+            share = kept.notable_share if is_notable else kept.share
+            if share and self._dice.randrange(share) == 0:
+                weights[row] = share
+            elif is_notable:
+                self._own_skipped += 1
+            else:
+                self._own_not_kept += 1
+        left = records[weights > 0]
+        slots_of(left)["weight"] = weights[weights > 0]
+        self._record(left)
+
+    def _record(self, records: NDArray[np.void]) -> None:
+        """Hands on to the recorder, in a moment if a name is not known yet."""
+        self._handled += len(records)
+        if self.recorder is not None:
+            self._write(self.recorder, self._late.hold(records))
+
+    def _name_late(self, now_ns: int, *, at_once: bool = False) -> None:
+        if self.recorder is not None:
+            for records in self._late.due(now_ns, at_once=at_once):
+                self._write(self.recorder, records)
+
+    def _write(self, recorder: Recorder, records: NDArray[np.void]) -> None:
+        if not len(records):
+            return
+        slots = slots_of(records)
+        slower_ns = self.budget.keeping.slower_ns
+        rows = [
+            transaction_row(t, why_kept(t, slower_ns), weight, times)
+            for t, weight, times in zip(
+                self._assembler.assemble(records),
+                slots["weight"].tolist(),
+                stage_times(slots).tolist(),
+                strict=True,
+            )
+            if self.keep(t)
+        ]
+        recorder.write("transactions", rows)
+
+    def _reading(self, *, last: bool = False) -> None:
+        """What was counted since the last reading, to figures and recordings."""
+        now_ns, now_s = time.time_ns(), time.monotonic()
+        self.identities.look()
+        try:
+            counted = self._aggregates.read()
+        except OSError as error:  # the next reading has it
+            log("error", f"the kernel's counts cannot be read: {error}")
+            return
+        own = self._tally.read()
+        found: dict[Labels, Entry] = {}
+        for book, source in zip(self._books, (counted, own), strict=True):
+            for labels, entry in book.take(source, last=last):
+                if self.is_wanted(labels):
+                    found.setdefault(labels, Entry()).add(entry)
+        self.figures.add(found.items())
+        by_status = statuses(found.items())
+        self.counted.update(by_status)
+        self.totals.transactions = self.counted.total()
+        if self.recorder is not None:
+            self._record_interval(self.recorder, found.items(), by_status.total(), now_ns)
+        self._interval_ns = now_ns
+        entries = len(counted.series), len(counted.counts)
+        if now_s >= self._forget_s:
+            self._forget_s = now_s + _FORGET_S
+            memory.give_back()
+            limits = CONTINUOUS
+            crowded = (
+                entries[0] > _CROWDED * limits.series or entries[1] > _CROWDED * limits.buckets
+            )
+            idle_ns = _CROWDED_IDLE_NS if crowded else _IDLE_NS
+            before_ns = time.monotonic_ns() - idle_ns
+            self._books[0].forget(self._aggregates.forget(counted, before_ns))
+            self._books[1].forget(self._tally.forget(before_ns))
+        self.figures.tell(self._health(*entries), is_ready=self._is_ready)
+
+    def _record_interval(
+        self,
+        recorder: Recorder,
+        entries: Iterable[tuple[Labels, Entry]],
+        transactions: int,
+        now_ns: int,
+    ) -> None:
+        rows = []
+        for labels, entry in entries:
+            rows += histogram_rows(labels, entry, self._interval_ns, now_ns)
+        recorder.write("histograms", rows)
+        lost, unmatched = self.losses()
+        not_kept, skipped = self._spared()
+        now = {
+            "recorded": recorder.rows,
+            "not_kept": not_kept,
+            "skipped": skipped,
+            **{f"lost {kind}": number for kind, number in lost.items()},
+            **{f"unmatched {kind}": number for kind, number in unmatched.items()},
+        }
+        fresh = {name: number - self._told.get(name, 0) for name, number in now.items()}
+        self._told = now
+        row = {
+            "time_start_ns": self._interval_ns,
+            "time_end_ns": now_ns,
+            "transactions": transactions,
+            "recorded": fresh["recorded"],
+            "not_kept": fresh["not_kept"],
+            "skipped": fresh["skipped"],
+            "sample": self.budget.keeping.share,
+            "lost": {kind: fresh[f"lost {kind}"] for kind in lost},
+            "unmatched": {kind: fresh[f"unmatched {kind}"] for kind in unmatched},
+            "problem": self.names_problem(),
+        }
+        recorder.write("coverage", [row])
+
+    def losses(self) -> tuple[dict[str, int], dict[str, int]]:
+        """What was seen but is in no transaction, and messages without their counterpart."""
+        self.totals.connections = self._connections.lost
+        lost, unmatched = losses(self.session, self.totals)
+        counters = self.session.counters()
+        lost["series"] = counters[Count.SERIES_FULL] + self._tally.overflowed
+        lost["buckets"] = counters[Count.BUCKETS_FULL]
+        del lost["lookups"], lost["upstream"]  # which this mode does not have
+        return lost, unmatched
+
+    def cpu_used_s(self) -> float:
+        """CPU time of this run, that of writing recordings included."""
+        return cpu_s() - self._cpu_before_s
+
+    def _spared(self) -> tuple[int, int]:
+        """How many transactions did not leave the kernel: ordinary ones, and others.
+
+        Where nothing is recorded, none has to.
+        """
+        if self.recorder is None:
+            return 0, 0
+        counters = self.session.counters()
+        return (
+            counters[Count.NOT_KEPT] + self._own_not_kept,
+            counters[Count.SKIPPED] + self._own_skipped,
+        )
+
+    def _health(self, series: int, buckets: int) -> Health:
+        lost, unmatched = self.losses()
+        not_kept, skipped = self._spared()
+        limits = CONTINUOUS
+        return Health(
+            lost=lost,
+            unmatched=unmatched,
+            recorded=self.recorder.rows if self.recorder else 0,
+            not_kept=not_kept,
+            skipped=skipped,
+            sample=self.budget.keeping.share,
+            cpu_s=self.cpu_used_s(),
+            rss_bytes=_rss_bytes(),
+            tables={
+                "transactions": (self.session.table.in_flight(), limits.slots),
+                "series": (series, limits.series),
+                "buckets": (buckets, limits.buckets),
+            },
+            names_problem=self.names_problem(),
+            recording_problem=self.recorder.problem if self.recorder else None,
+            hooks=self.session.hooks or "none",
+            devices=self.session.devices.count(),
+        )
+
+    def _finish(self) -> None:
+        """Takes every program away, and accounts for all that is left."""
+        self._is_ready = False
+        self.session.pause()
+        if self.session.table.in_flight() or self._connections.waiting():
+            time.sleep(_LAST_ANSWERS_S)
+        self.session.detach()
+        self._read()
+        while len(waiting := self.session.table.expire(time.monotonic_ns())):
+            self.totals.unanswered_at_end += len(waiting)
+            self._own(waiting)
+        self.totals.unanswered_at_end += self._connections.waiting()
+        self._own(self._connections.flush())
+        self.keep_up()
+        self._name_late(0, at_once=True)
+        self._reading(last=True)
+        if self.recorder is not None:
+            self.recorder.close()
+
+
+def cpu_s() -> float:
+    """CPU time of this process and of its children that have ended, in seconds."""
+    own = resource.getrusage(resource.RUSAGE_SELF)
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return own.ru_utime + own.ru_stime + children.ru_utime + children.ru_stime
+
+
+def _rss_bytes() -> int:
+    with open("/proc/self/statm", "rb") as file:
+        return int(file.read().split()[1]) * resource.getpagesize()

@@ -1,0 +1,394 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is counted, as Prometheus metrics, over HTTP; and whether we are alive and ready.
+
+`/metrics`, `/healthz` (the tracing thread makes headway) and `/readyz` (programs are attached).
+Labels are bounded: who is beyond the largest LATENCIES_MAX is counted as "(other)"; names that
+were asked for are no labels at all.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from socketserver import ThreadingMixIn
+from typing import TYPE_CHECKING, Any
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
+
+from tracer import __version__
+from tracer.continuous import native
+from tracer.continuous.book import Entry, Histogram
+from tracer.decode.words import printable
+from tracer.record import Stage
+from tracer.stages import PARTS
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Mapping
+
+    from prometheus_client.core import Metric
+
+    from tracer.continuous.labels import Labels
+
+    # Name, help, names of the labels, and each one's values and times.
+    _Family = tuple[str, str, tuple[str, ...], list[tuple[tuple[str, ...], Histogram]]]
+
+LATENCIES_MAX = 1000  # histograms of transactions
+WAYS_MAX = 250  # of who asked and who answered, each with a histogram for every stage
+FORGET_S = 900.0  # after which those that nothing is added to may go, when there is no room
+STALE_S = 30.0  # how long the tracing thread may take for one round
+# Powers of two, at which no bucket of ours has to be split: 65.5 µs to 8.59 s.
+_BOUNDS = tuple(range(16, 34))
+_OTHER = "(other)"
+_STATUSES = ("answered", "timeout", "dropped", "refused")
+_AT_ONCE = 32  # requests
+_CLIENT = ("namespace", "pod")
+_LATENCY_LABELS = (*_CLIENT, "server", "backend", "type", "rcode", "protocol")
+_COUNT_LABELS = (*_LATENCY_LABELS, "status")
+_WAY_LABELS = ("stage", *_CLIENT, "backend")
+_REQUEST_S = 10.0
+
+
+@dataclass(slots=True)
+class Health:
+    """What the tracer says of itself. Counters are since the start."""
+
+    lost: Mapping[str, int] = field(default_factory=dict)
+    unmatched: Mapping[str, int] = field(default_factory=dict)
+    recorded: int = 0
+    not_kept: int = 0
+    skipped: int = 0
+    sample: int = 0  # 1 of so many ordinary transactions is kept
+    cpu_s: float = 0.0
+    rss_bytes: int = 0
+    tables: Mapping[str, tuple[int, int]] = field(default_factory=dict)  # entries, capacity
+    names_problem: str | None = None
+    names_heard_s: float | None = None  # since 1970, when the API server was last heard of
+    recording_problem: str | None = None
+    hooks: str = ""
+    devices: int = 0
+
+
+class Figures:
+    """What was counted since the start; written by the tracing thread, read by scrapes."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._counts: Counter[tuple[str, ...]] = Counter()
+        self._latencies: dict[tuple[str, ...], Histogram] = {}
+        self._ways: dict[tuple[str, ...], dict[Stage, Histogram]] = {}
+        self._last_s: dict[tuple[str, ...], float] = {}  # when each was last added to
+        self._health = Health()
+        self._alive_s = 0.0
+        self._is_ready = False
+
+    def add(self, entries: Iterable[tuple[Labels, Entry]]) -> None:
+        """What has come in an interval."""
+        with self._lock:
+            for labels, entry in entries:
+                if labels.of_stages:
+                    self._add_way(labels, entry)
+                else:
+                    self._add_transactions(labels, entry)
+
+    def tell(self, health: Health, *, is_ready: bool) -> None:
+        """That we are alive, and how we are."""
+        with self._lock:
+            self._health = health
+            self._is_ready = is_ready
+            self._alive_s = time.monotonic()
+
+    def problem(self) -> str | None:
+        """Why we are not well; None: we are."""
+        silent_s = time.monotonic() - self._alive_s
+        return f"no reading for {silent_s:.0f} s" if silent_s > STALE_S else None
+
+    def is_ready(self) -> bool:
+        """Whether programs are attached, and names known as far as they will be."""
+        return self._is_ready and self.problem() is None
+
+    def collect(self) -> Iterator[Metric]:
+        """All of it (prometheus_client's interface)."""
+        from prometheus_client.core import HistogramMetricFamily
+
+        counts, histograms, health = self._copy()
+        yield _counts(counts)
+        for name, text, labels, found in histograms:
+            family = HistogramMetricFamily(name, text, labels=labels)
+            for key, histogram in found:
+                family.add_metric(key, _classic(histogram), histogram.sum_ns / 1e9)
+            yield family
+        yield from _own(health)
+
+    def protobuf(self) -> bytes:
+        """The same as protocol buffers, with native histograms."""
+        counts, histograms, health = self._copy()
+        parts = [native.simple(_counts(counts))]
+        for name, text, labels, found in histograms:
+            with_classic = ((key, one, _classic(one)) for key, one in found)
+            parts.append(native.histograms(name, text, labels, with_classic))
+        parts += map(native.simple, _own(health))
+        return b"".join(parts)
+
+    def _copy(self) -> tuple[dict[tuple[str, ...], int], list[_Family], Health]:
+        """As it is now, so that no scrape holds up the tracing thread for long."""
+        with self._lock:
+            latencies = [(key, one.copy()) for key, one in self._latencies.items()]
+            stages = [
+                ((stage.name.lower(), *key), one.copy())
+                for key, times in self._ways.items()
+                for stage, one in times.items()
+            ]
+            counts, health = dict(self._counts), self._health
+        families = [
+            (
+                "dnstrace_latency_seconds",
+                "From the client's send of a query to its receive of the answer.",
+                _LATENCY_LABELS,
+                latencies,
+            ),
+            (
+                "dnstrace_stage_seconds",
+                "Parts of the way of a query and its answer, between two places they were seen at.",
+                _WAY_LABELS,
+                stages,
+            ),
+        ]
+        return counts, families, health
+
+    def _add_transactions(self, labels: Labels, entry: Entry) -> None:
+        key: tuple[str, ...] = (
+            *_client(labels),
+            _text(labels.service or labels.server_ip),
+            _text(_pod(labels.backend_namespace, labels.backend_pod) or labels.backend_ip),
+            _text(labels.type),
+            _text(labels.rcode),
+            _text(labels.protocol),
+        )
+        if key not in self._latencies and len(self._latencies) >= LATENCIES_MAX:
+            self._forget(self._latencies)
+            if len(self._latencies) >= LATENCIES_MAX:
+                key = (_OTHER,) * len(_LATENCY_LABELS)
+        self._last_s[key] = time.monotonic()
+        self._counts[*key, labels.status] += entry.count
+        histogram = self._latencies.setdefault(key, Histogram())
+        if Stage.TOTAL in entry.times:
+            histogram.add(entry.times[Stage.TOTAL])
+
+    def _add_way(self, labels: Labels, entry: Entry) -> None:
+        backend = _pod(labels.backend_namespace, labels.backend_pod) or labels.backend_ip
+        key: tuple[str, ...] = (*_client(labels), _text(backend))
+        if key not in self._ways and len(self._ways) >= WAYS_MAX:
+            self._forget(self._ways)
+            if len(self._ways) >= WAYS_MAX:
+                key = (_OTHER,) * len(key)
+        self._last_s[key] = time.monotonic()
+        times = self._ways.setdefault(key, {})
+        for stage, histogram in entry.times.items():
+            times.setdefault(stage, Histogram()).add(histogram)
+
+    def _forget(self, among: dict[tuple[str, ...], Any]) -> None:
+        """Makes room: whoever has long asked nothing has gone, as a rule."""
+        before_s = time.monotonic() - FORGET_S
+        for key in [key for key in among if self._last_s.get(key, 0.0) < before_s]:
+            del among[key]
+            self._last_s.pop(key, None)
+            for status in _STATUSES:
+                self._counts.pop((*key, status), None)
+
+
+class Server:
+    """Answers scrapes and probes in threads of its own. Raises OSError if it cannot listen."""
+
+    def __init__(self, host: str, port: int, figures: Figures) -> None:
+        from prometheus_client import CollectorRegistry, make_wsgi_app
+
+        registry = CollectorRegistry(auto_describe=False)
+        registry.register(figures)
+        metrics = make_wsgi_app(registry, disable_compression=True)
+
+        def application(environ: dict[str, Any], start: Callable[..., Any]) -> Iterable[bytes]:
+            path = environ.get("PATH_INFO", "/")
+            if path == "/metrics" and native.is_asked_for(environ.get("HTTP_ACCEPT", "")):
+                start("200 OK", [("Content-Type", native.CONTENT_TYPE)])
+                return [figures.protobuf()]
+            if path == "/metrics":
+                answer: Iterable[bytes] = metrics(environ, start)
+                return answer
+            if path == "/healthz":
+                return _answer(start, figures.problem())
+            if path == "/readyz":
+                ready = figures.is_ready()
+                return _answer(start, None if ready else figures.problem() or "not tracing yet")
+            start("404 Not Found", [("Content-Type", "text/plain; charset=utf-8")])
+            return [b"/metrics, /healthz, /readyz\n"]
+
+        self._server = make_server(
+            host, port, application, _Server6 if ":" in host else _Server, handler_class=_Handler
+        )
+        self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
+        self._thread.start()
+
+    @property
+    def port(self) -> int:
+        """Where it listens: another than asked for if that was 0."""
+        return int(self._server.server_address[1])
+
+    def close(self) -> None:
+        """Stops listening."""
+        self._server.shutdown()
+        self._server.server_close()
+
+
+class _Handler(WSGIRequestHandler):
+    timeout = _REQUEST_S  # a client that says nothing does not keep a thread for ever
+
+    def log_message(self, *_: object) -> None:
+        """A scrape every few seconds is no news."""
+
+
+class _Server(ThreadingMixIn, WSGIServer):
+    daemon_threads = True
+    request_queue_size = 64
+
+    def __init__(self, *arguments: Any, **more: Any) -> None:
+        self._room = threading.BoundedSemaphore(_AT_ONCE)
+        super().__init__(*arguments, **more)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """In a thread of its own; one too many is turned away, lest there be threads without end."""
+        if not self._room.acquire(blocking=False):
+            self.shutdown_request(request)
+            return
+        super().process_request(request, client_address)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        """Gives the room back."""
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._room.release()
+
+    def handle_error(self, *_: object) -> None:
+        """Whoever asked has gone."""
+
+
+class _Server6(_Server):
+    import socket
+
+    address_family = socket.AF_INET6
+
+
+def _answer(start: Callable[..., Any], problem: str | None) -> list[bytes]:
+    status = "503 Service Unavailable" if problem else "200 OK"
+    start(status, [("Content-Type", "text/plain; charset=utf-8")])
+    return [f"{problem or 'ok'}\n".encode()]
+
+
+def _counts(counts: Mapping[tuple[str, ...], int]) -> Metric:
+    from prometheus_client.core import CounterMetricFamily
+
+    family = CounterMetricFamily(
+        "dnstrace_transactions", "DNS transactions that ended.", labels=_COUNT_LABELS
+    )
+    for key, number in counts.items():
+        family.add_metric(key, number)
+    return family
+
+
+def _classic(histogram: Histogram) -> list[tuple[str, float]]:
+    """Cumulative, up to each bound in seconds."""
+    below = Counter[int]()
+    beyond = 0
+    for bucket, count in histogram.counts.items():
+        # The least power of two that is above all of the bucket.
+        exponent = bucket // PARTS + 4 if bucket >= PARTS else 4
+        if exponent > _BOUNDS[-1]:
+            beyond += count
+        else:
+            below[max(exponent, _BOUNDS[0])] += count
+    so_far = 0
+    buckets: list[tuple[str, float]] = []
+    for exponent in _BOUNDS:
+        so_far += below[exponent]
+        buckets.append((repr((1 << exponent) / 1e9), so_far))
+    buckets.append(("+Inf", so_far + beyond))
+    return buckets
+
+
+def _client(labels: Labels) -> tuple[str, str]:
+    if labels.overflow:
+        return _OTHER, _OTHER
+    return _text(labels.namespace), _text(labels.pod)
+
+
+def _pod(namespace: str | None, pod: str | None) -> str | None:
+    return f"{namespace}/{pod}" if pod else None
+
+
+def _text(text: str | None) -> str:
+    return printable(text) if text else ""
+
+
+def _own(health: Health) -> Iterator[Metric]:
+    from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily
+
+    def counter(name: str, text: str, value: float) -> Metric:
+        return CounterMetricFamily(f"dnstrace_{name}", text, value=value)
+
+    def gauge(name: str, text: str, value: float) -> Metric:
+        return GaugeMetricFamily(f"dnstrace_{name}", text, value=value)
+
+    yield InfoMetricFamily(
+        "dnstrace_build",
+        "What runs, and how it watches sockets.",
+        value={"version": __version__, "hooks": health.hooks},
+    )
+    lost = CounterMetricFamily(
+        "dnstrace_lost", "What was seen, but is in no transaction.", labels=("kind",)
+    )
+    for kind, number in health.lost.items():
+        lost.add_metric((kind,), number)
+    yield lost
+    unmatched = CounterMetricFamily(
+        "dnstrace_unmatched", "Messages without their counterpart.", labels=("kind",)
+    )
+    for kind, number in health.unmatched.items():
+        unmatched.add_metric((kind,), number)
+    yield unmatched
+    yield counter("recorded_transactions", "Transactions that were recorded.", health.recorded)
+    yield counter(
+        "unsampled_transactions", "Ordinary ones that are in the histograms alone.", health.not_kept
+    )
+    yield counter(
+        "skipped_transactions",
+        "Slow or failed ones that are in the histograms alone, for want of CPU budget.",
+        health.skipped,
+    )
+    yield gauge(
+        "sample_ratio",
+        "Share of ordinary transactions that leave the kernel.",
+        1 / health.sample if health.sample else 0.0,
+    )
+    yield counter("cpu_seconds", "CPU time of the tracer's own process.", health.cpu_s)
+    yield gauge("resident_memory_bytes", "Memory of the tracer's own process.", health.rss_bytes)
+    yield gauge("devices", "Network devices that are watched.", health.devices)
+    entries = GaugeMetricFamily(
+        "dnstrace_table_entries", "Entries in the kernel's tables.", labels=("table",)
+    )
+    capacity = GaugeMetricFamily(
+        "dnstrace_table_capacity", "Room in the kernel's tables.", labels=("table",)
+    )
+    for table, (number, room) in health.tables.items():
+        entries.add_metric((table,), number)
+        capacity.add_metric((table,), room)
+    yield entries
+    yield capacity
+    yield gauge(
+        "names_up_to_date",
+        "1: pods and services are known as they are now.",
+        0 if health.names_problem else 1,
+    )
+    yield gauge(
+        "recording_up", "1: recordings, if any, are written.", 0 if health.recording_problem else 1
+    )

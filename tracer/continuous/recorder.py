@@ -1,0 +1,245 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Recordings: transactions and histograms in a directory, as Parquet files that replace each other.
+
+Lines go to a journal at once; every now and then another process makes Parquet files of it (see
+parquet.py). So what was written before a `kill -9` is there after the next start, and what is
+complete has its name. When the disk is full, recording stops, is tried again later, and tracing
+goes on.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import orjson
+
+from tracer.continuous.parquet import PART, journal_file
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping
+    from pathlib import Path
+
+JOURNAL_BYTES = 64 << 20  # after which there is another one, however new it is
+_RETRY_S = 60.0
+_JOURNAL = ".journal-"
+_LOCK = ".lock"
+_OURS = re.compile(r"(transactions|histograms|coverage)-.+\.parquet")
+_NOT_IN_A_NAME = re.compile(r"[^A-Za-z0-9.-]+")
+_STOPPING_S = 60.0
+
+
+class RecorderError(Exception):
+    """Recordings cannot be written there. The message says why and what to do."""
+
+
+class Recorder:
+    """Writes below `directory`, which is its own: nobody else may record there meanwhile.
+
+    The oldest files go when there are more than `size_max` bytes, or when they are older than
+    `age_max_s`. `tell(problem)` hears what is wrong, and None when it is over.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        node: str,
+        *,
+        rotate_s: float,
+        size_max: int,
+        age_max_s: float,
+        tell: Callable[[str | None], None],
+    ) -> None:
+        self._directory = directory
+        self._node = node
+        self._rotate_s = rotate_s
+        self._size_max = size_max
+        self._age_max_s = age_max_s
+        self._tell = tell
+        self.problem: str | None = None
+        self.rows = 0
+        self._journal: Path | None = None
+        self._files: dict[str, BinaryIO] = {}
+        self._began_s = 0.0
+        self._bytes = 0
+        self._retry_s = 0.0
+        self._converting: tuple[subprocess.Popen[str], Path] | None = None
+        self._waiting: list[Path] = []
+        try:
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._lock = os.open(directory / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise RecorderError(
+                f"{directory}: another dnstrace records there; give another directory"
+            ) from error
+        except OSError as error:
+            raise RecorderError(f"{directory}: {error.strerror}; give another directory") from error
+        self._take_over()
+
+    def write(self, kind: str, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Adds rows (a key of COLUMNS, and what it has). Never raises OSError."""
+        if self.problem is not None and time.monotonic() < self._retry_s:
+            return
+        try:
+            lines = b"".join(_line({"node": self._node, **row}) for row in rows)
+            if not lines:
+                return
+            file = self._file(kind)
+            file.write(lines)
+            file.flush()
+            self._bytes += len(lines)
+            self.rows += lines.count(b"\n") if kind == "transactions" else 0
+        except OSError as error:
+            self._fail(f"recordings are not written: {error.strerror} ({self._directory})")
+
+    def look(self) -> None:
+        """Rotates when it is time, and looks after what is being converted; call it often."""
+        self._reap()
+        old = time.monotonic() - self._began_s > self._rotate_s
+        if self._journal and (old or self._bytes > JOURNAL_BYTES):
+            self.rotate()
+        self._convert_next()
+
+    def rotate(self) -> None:
+        """What was written by now becomes files, in the background."""
+        if self._journal is None:
+            return
+        for file in self._files.values():
+            with suppress(OSError):
+                file.close()
+        self._files.clear()
+        self._waiting.append(self._journal)
+        self._journal = None
+        self._convert_next()
+
+    def close(self) -> None:
+        """Rotates, and waits until all is converted."""
+        self.rotate()
+        deadline_s = time.monotonic() + _STOPPING_S
+        while (self._converting or self._waiting) and time.monotonic() < deadline_s:
+            if self._converting:
+                with suppress(subprocess.TimeoutExpired):
+                    self._converting[0].wait(deadline_s - time.monotonic())
+            self._reap()
+            if self.problem is not None:
+                break
+            self._convert_next()
+        if self._converting:
+            self._converting[0].kill()
+            self._converting[0].communicate()
+        os.close(self._lock)
+
+    def _file(self, kind: str) -> BinaryIO:
+        if self._journal is None:
+            start = time.time()
+            stamp = time.strftime("%Y%m%dT%H%M%S", time.gmtime(start))
+            name = _NOT_IN_A_NAME.sub("_", self._node)[:100] or "node"
+            journal = self._directory / f"{_JOURNAL}{name}-{stamp}{int(start * 1000) % 1000:03d}Z"
+            journal.mkdir(mode=0o700)
+            self._journal = journal
+            self._began_s = time.monotonic()
+            self._bytes = 0
+            if self.problem is not None:
+                self.problem = None
+                self._tell(None)
+        if kind not in self._files:
+            self._files[kind] = journal_file(self._journal, kind).open("ab")
+        return self._files[kind]
+
+    def _take_over(self) -> None:
+        """What a run before this one left: its journals are made files of, parts are removed."""
+        for found in sorted(self._directory.iterdir()):
+            if found.name.startswith(_JOURNAL) and found.is_dir() and not found.is_symlink():
+                self._waiting.append(found)
+            elif found.name.endswith(f".parquet{PART}") and found.name.startswith("."):
+                with suppress(OSError):
+                    found.unlink()
+        self._convert_next()
+
+    def _convert_next(self) -> None:
+        if self._converting or not self._waiting:
+            return
+        self._make_room()
+        journal = self._waiting.pop(0)
+        command = [
+            sys.executable, "-m", "tracer.continuous.parquet", str(journal), str(self._directory)
+        ]  # fmt: skip
+        try:
+            process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE, text=True, errors="replace",
+            )  # fmt: skip
+        except OSError as error:
+            self._fail(f"recordings are not written: {error.strerror}")
+            return
+        self._converting = process, journal
+
+    def _reap(self) -> None:
+        if self._converting is None or self._converting[0].poll() is None:
+            return
+        process, journal = self._converting
+        self._converting = None
+        _, said = process.communicate()
+        if process.returncode:
+            why = said.strip().splitlines()[-1:] or [f"status {process.returncode}"]
+            # Room is what lacks most likely; what was to be recorded is given up for it.
+            shutil.rmtree(journal, ignore_errors=True)
+            self._fail(f"a recording was given up: {why[0][:300]}")
+        else:
+            self._make_room()
+
+    def _fail(self, problem: str) -> None:
+        for file in self._files.values():
+            with suppress(OSError):
+                file.close()
+        self._files.clear()
+        if self._journal is not None:
+            shutil.rmtree(self._journal, ignore_errors=True)
+            self._journal = None
+        if self.problem is None:
+            self._tell(problem)
+        self.problem = problem
+        self._retry_s = time.monotonic() + _RETRY_S
+
+    def _make_room(self) -> None:
+        """Removes the oldest files of ours, while there are too many or they are too old."""
+        found = []
+        for path in self._directory.iterdir():
+            if _OURS.fullmatch(path.name):
+                with suppress(OSError):
+                    status = path.stat()
+                    found.append((status.st_mtime, status.st_size, path))
+        found.sort()
+        size = sum(one[1] for one in found)
+        oldest_s = time.time() - self._age_max_s
+        for modified_s, bytes_, path in found:
+            if size <= self._size_max and modified_s >= oldest_s:
+                break
+            with suppress(OSError):
+                path.unlink()
+            size -= bytes_
+
+
+def _line(row: Mapping[str, Any]) -> bytes:
+    try:
+        return orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE)
+    except TypeError:  # a name with a lone surrogate, which no UTF-8 has
+        return orjson.dumps(_clean(row), option=orjson.OPT_APPEND_NEWLINE)
+
+
+def _clean(value: Any) -> Any:
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode()
+    if isinstance(value, dict):
+        return {_clean(key): _clean(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_clean(one) for one in value]
+    return value

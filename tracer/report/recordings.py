@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Recordings as tables of a database in memory: `transactions`, `histograms`, `coverage`.
+
+The files stay where they are; DuckDB reads of them what a query asks for.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from tracer.continuous.parquet import COLUMNS
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from duckdb import DuckDBPyConnection
+
+KINDS = ("transactions", "histograms", "coverage")
+_MEMORY = "1GB"
+_NAME = re.compile(r"(transactions|histograms|coverage)-.*\.parquet", re.DOTALL)
+_TIMES = {"time_ns": ("time", "time_ns"), "time_start_ns": ("time_start",), "time_end_ns": ("time_end",)}  # fmt: skip
+
+
+class RecordingError(Exception):
+    """There is nothing to report on. The message says why and what to do."""
+
+
+@dataclass(slots=True)
+class Recordings:
+    """What was found. `unreadable`: files that are no recordings or not whole, and why."""
+
+    database: DuckDBPyConnection
+    files: dict[str, list[Path]] = field(default_factory=dict)
+    unreadable: list[tuple[Path, str]] = field(default_factory=list)
+
+    def rows(self, sql: str, parameters: Sequence[object] = ()) -> list[tuple[Any, ...]]:
+        """The result of a query."""
+        return self.database.execute(sql, list(parameters)).fetchall()
+
+    def close(self) -> None:
+        """Gives the memory back."""
+        self.database.close()
+
+
+def load(paths: Sequence[Path], scratch: Path) -> Recordings:
+    """Opens files, and all of directories. Raises RecordingError. `scratch`: for what is large."""
+    import duckdb
+
+    database = duckdb.connect(
+        ":memory:",
+        config={
+            "memory_limit": _MEMORY,
+            "temp_directory": str(scratch),
+            "autoinstall_known_extensions": False,
+            "autoload_known_extensions": False,
+        },
+    )
+    database.execute("SET TimeZone = 'UTC'")
+    found = Recordings(database, {kind: [] for kind in KINDS})
+    seen = set()
+    for path in paths:
+        for file in _files(path):
+            where = os.path.realpath(file)
+            if where not in seen:  # by two ways, it would count twice
+                seen.add(where)
+                _take(found, file, named=file == path)
+    if not any(found.files.values()):
+        database.close()
+        raise RecordingError(_nothing(paths, found))
+    for kind in KINDS:
+        _make_view(found, kind)
+    return found
+
+
+def _files(path: Path) -> list[Path]:
+    try:
+        if path.is_dir():
+            return sorted(each for each in path.iterdir() if _NAME.fullmatch(each.name))
+        path.stat()
+    except OSError as error:
+        raise RecordingError(
+            f"{path}: {error.strerror}; give a recording, or a directory"
+        ) from error
+    return [path]
+
+
+def _take(found: Recordings, file: Path, *, named: bool) -> None:
+    """Sorts a file by what it holds, whatever it is called."""
+    import duckdb
+
+    try:
+        names = {
+            row[0]
+            for row in found.rows(
+                "SELECT name FROM parquet_schema(?) WHERE name IS NOT NULL", [_glob_free(file)]
+            )
+        }
+    except (duckdb.Error, OSError) as error:
+        found.unreadable.append((file, _short(error)))
+        return
+    for kind in KINDS:
+        if {name for columns in COLUMNS[kind] for name in _TIMES.get(columns, (columns,))} <= names:
+            found.files[kind].append(file)
+            return
+    if named:
+        found.unreadable.append((file, "Parquet, but not a recording of dnstrace's"))
+
+
+def _nothing(paths: Sequence[Path], found: Recordings) -> str:
+    if found.unreadable:
+        file, why = found.unreadable[0]
+        more = f" (and {len(found.unreadable) - 1} more)" if len(found.unreadable) > 1 else ""
+        return f"{file}: {why}{more}; nothing to report on"
+    where = ", ".join(map(str, paths))
+    return (
+        f"{where}: no complete recording there yet; a running 'dnstrace continuous' completes what "
+        "it has when it gets SIGHUP"
+    )
+
+
+def _make_view(found: Recordings, kind: str) -> None:
+    files = found.files[kind]
+    if files:
+        listed = ", ".join(f"'{_quoted(_glob_free(file))}'" for file in files)
+        source = f"SELECT * FROM read_parquet([{listed}], union_by_name = true)"
+    else:
+        columns = []
+        for name, type_ in COLUMNS[kind].items():
+            for column in _TIMES.get(name, (name,)):
+                as_type = type_ if column == name else "TIMESTAMPTZ"
+                columns.append(f'CAST(NULL AS {as_type}) AS "{column}"')
+        source = f"SELECT {', '.join(columns)} WHERE false"
+    found.database.execute(f"CREATE VIEW {kind} AS {source}")
+
+
+def _glob_free(path: Path) -> str:
+    """So that brackets and stars in a name are just these."""
+    return re.sub(r"([*?\[])", r"[\1]", os.path.abspath(path))
+
+
+def _quoted(text: str) -> str:
+    return text.replace("'", "''")
+
+
+def _short(error: Exception) -> str:
+    lines = str(error).splitlines() or [type(error).__name__]
+    return lines[0][:200]

@@ -1,0 +1,355 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Makes a report of recordings: every question to the database is here."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections import Counter
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tracer.report import where
+from tracer.report.figures import SHARES, Coverage, Failure, Group, Heat, Report, Times
+from tracer.report.recordings import RecordingError, Recordings, load
+from tracer.stages import PARTS, STAGE_NAMES
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+    from datetime import datetime
+
+    from tracer.filters import Filters
+    from tracer.report.where import Where
+
+__all__ = ["RecordingError", "make"]
+
+TOP = 10
+HEAT_COLUMNS = 120
+_GAP = timedelta(seconds=2)
+_GAPS_MAX = 20
+_FEWEST = {0.99: 100, 0.999: 1000}  # below, a quantile would be one value's whim
+_LOGGED = f"""
+    CASE WHEN ns < {PARTS} THEN ns
+    ELSE (ns >> (CAST(floor(log2(ns)) AS INTEGER) - 4)) << (CAST(floor(log2(ns)) AS INTEGER) - 4)
+    END"""
+_WIDTH = f"""
+    CASE WHEN ns < {PARTS} THEN 1 ELSE 1 << (CAST(floor(log2(ns)) AS INTEGER) - 4) END"""
+_POD = "{0}_namespace || '/' || {0}_pod"
+_FAILED = "(status <> 'answered' OR coalesce(rcode, 'NOERROR') NOT IN ('NOERROR', 'NXDOMAIN'))"
+# Names of groups: of histograms' rows, and of transactions'.
+_GROUPS = {
+    "pod": (_POD.format("client"), "client.namespace || '/' || client.pod"),
+    "server": ("coalesce(service, server_ip)", "coalesce(server.service, server.ip)"),
+    "backend": (
+        f"coalesce({_POD.format('backend')}, backend_ip)",
+        "coalesce(backend.namespace || '/' || backend.pod, backend.ip)",
+    ),
+    "type": ("type", "type"),
+    "rcode": ("rcode", "rcode"),
+}
+
+
+def make(paths: Sequence[Path], filters: Filters) -> Report:
+    """Reads recordings: files, or directories of them. Raises RecordingError, NotRecorded."""
+    kept = where.of_transactions(filters)
+    whole = where.of_histograms(filters, of_stages=False)
+    parts = where.of_histograms(filters, of_stages=True)
+    with tempfile.TemporaryDirectory(prefix="dnstrace-report-") as scratch:
+        found = load(paths, Path(scratch))
+        try:
+            return _Maker(found, kept, whole, parts).report()
+        finally:
+            found.close()
+
+
+class _Maker:
+    def __init__(self, found: Recordings, kept: Where, whole: Where, parts: Where) -> None:
+        self._found = found
+        self._kept = kept
+        self._whole = whole
+        self._parts = parts
+        has_counts = bool(found.files["histograms"])
+        self._counted = has_counts and whole.possible
+        self._stages_counted = has_counts and parts.possible
+
+    def report(self) -> Report:
+        start, end = self._window()
+        totals = self._totals("status") if self._counted else self._kept_totals("status")
+        total = self._times(None).get(None, Times())
+        statuses = {str(name): count for name, (count, _) in totals.items()}
+        return Report(
+            start,
+            end,
+            [row[0] for row in self._found.rows(_NODES)],
+            self._counted,
+            self._stages_counted,
+            sum(statuses.values()),
+            statuses,
+            total,
+            self._stages(),
+            {name: self._groups(name) for name in _GROUPS} | {"name": self._names()},
+            self._slowest(),
+            self._failures(),
+            self._heat(start, end),
+            self._coverage(),
+        )
+
+    def _window(self) -> tuple[datetime | None, datetime | None]:
+        ((start, end),) = self._found.rows(
+            "SELECT min(a), max(b) FROM (SELECT min(time_start) a, max(time_end) b FROM coverage "
+            "UNION ALL SELECT min(time), max(time) FROM transactions)"
+        )
+        return start, end
+
+    def _totals(self, by: str) -> dict[str | None, tuple[int, int]]:
+        """(count, failed) of each."""
+        rows = self._found.rows(
+            f"SELECT {by}, sum(count), sum(count) FILTER ({_FAILED}) FROM histograms "
+            f"WHERE stage = 'total' AND {self._whole.sql} GROUP BY 1",
+            self._whole.parameters,
+        )
+        return {name: (int(count), int(failed or 0)) for name, count, failed in rows}
+
+    def _kept_totals(self, by: str) -> dict[str | None, tuple[int, int]]:
+        rows = self._found.rows(
+            f"SELECT {by}, sum(weight), sum(weight) FILTER ({_FAILED}) FROM transactions "
+            f"WHERE {self._kept.sql} GROUP BY 1",
+            self._kept.parameters,
+        )
+        return {name: (int(count), int(failed or 0)) for name, count, failed in rows}
+
+    def _times(self, group: str | None) -> dict[str | None, Times]:
+        """The client's latency, by group, or of all under None."""
+        if self._counted:
+            name = "NULL" if group is None else _GROUPS[group][0]
+            condition = f"stage = 'total' AND {self._whole.sql}"
+            return self._from_counts(name, condition, self._whole.parameters)
+        name = "NULL" if group is None else _GROUPS[group][1]
+        return self._from_kept(name, "latency_ns", self._kept.sql, self._kept.parameters)
+
+    def _stages(self) -> dict[str, Times]:
+        found: dict[str | None, Times] = {}
+        if self._stages_counted:
+            condition = f"stage <> 'total' AND {self._parts.sql}"
+            found = self._from_counts("stage", condition, self._parts.parameters)
+        else:
+            for name in STAGE_NAMES:
+                times = self._from_kept(
+                    "NULL", f'stages."{name}"', self._kept.sql, self._kept.parameters
+                )
+                if None in times:
+                    found[name] = times[None]
+        return {name: found[name] for name in STAGE_NAMES if name in found}
+
+    def _from_counts(
+        self, name: str, condition: str, parameters: Sequence[object]
+    ) -> dict[str | None, Times]:
+        sums = self._found.rows(
+            f"SELECT {name} AS g, sum(sum_ns), max(max_ns) FROM histograms "
+            f"WHERE timed > 0 AND {condition} GROUP BY g",
+            parameters,
+        )
+        buckets = self._found.rows(
+            f"SELECT g, b.lower_ns, b.upper_ns, sum(b.count) FROM (SELECT {name} AS g, "
+            f"unnest(buckets) AS b FROM histograms WHERE {condition}) GROUP BY ALL",
+            parameters,
+        )
+        return _distributions(sums, buckets)
+
+    def _from_kept(
+        self, name: str, value: str, condition: str, parameters: Sequence[object]
+    ) -> dict[str | None, Times]:
+        source = (
+            f"(SELECT {name} AS g, {value} AS ns, weight FROM transactions "
+            f"WHERE status = 'answered' AND {value} IS NOT NULL AND {condition})"
+        )
+        sums = self._found.rows(
+            f"SELECT g, sum(ns * weight), max(ns), count(*) FROM {source} GROUP BY g", parameters
+        )
+        buckets = self._found.rows(
+            f"SELECT g, {_LOGGED} AS low, {_LOGGED} + {_WIDTH} AS high, sum(weight) "
+            f"FROM {source} GROUP BY ALL",
+            parameters,
+        )
+        return _distributions(sums, buckets)
+
+    def _groups(self, group: str) -> list[Group]:
+        by_count, by_kept = _GROUPS[group]
+        totals = self._totals(by_count) if self._counted else self._kept_totals(by_kept)
+        times = self._times(group)
+        return _top(
+            Group(name, count, failed, times.get(name, Times()))
+            for name, (count, failed) in totals.items()
+        )
+
+    def _names(self) -> list[Group]:
+        """Names are in transactions alone."""
+        rows = self._found.rows(
+            f"SELECT name, sum(weight) AS n, sum(weight) FILTER ({_FAILED}) FROM transactions "
+            f"WHERE {self._kept.sql} GROUP BY name ORDER BY n DESC, name LIMIT {TOP}",
+            self._kept.parameters,
+        )
+        names = [row[0] for row in rows]
+        times = self._from_kept(
+            "name",
+            "latency_ns",
+            f"{self._kept.sql} AND list_contains(?, name)",
+            [*self._kept.parameters, [name for name in names if name is not None]],
+        )
+        return [
+            Group(name, int(count), int(failed or 0), times.get(name, Times()))
+            for name, count, failed in rows
+        ]
+
+    def _slowest(self) -> list[dict[str, Any]]:
+        columns = (
+            "node", "time", "time_ns", "status", "id", "protocol", "name", "type", "rcode",
+            "latency_ns", "client", "server", "backend", "hops", "stages",
+        )  # fmt: skip
+        rows = self._found.rows(
+            f"SELECT {', '.join(columns)} FROM transactions WHERE time_ns IN (SELECT time_ns FROM "
+            f"transactions WHERE latency_ns IS NOT NULL AND {self._kept.sql} "
+            f"ORDER BY latency_ns DESC LIMIT {TOP}) AND latency_ns IS NOT NULL "
+            f"AND {self._kept.sql} ORDER BY latency_ns DESC LIMIT {TOP}",
+            [*self._kept.parameters, *self._kept.parameters],
+        )
+        return [dict(zip(columns, row, strict=True)) for row in rows]
+
+    def _failures(self) -> list[Failure]:
+        rows = self._found.rows(
+            "SELECT sum(weight) AS n, client.namespace || '/' || client.pod, name, status, rcode, "
+            "hops[-1].reason, coalesce(hops[-1].owner, hops[-1].ifname) AS place FROM transactions "
+            f"WHERE {_FAILED} AND {self._kept.sql} GROUP BY ALL ORDER BY n DESC, 2, 3, 4 LIMIT {TOP}",
+            self._kept.parameters,
+        )
+        return [
+            Failure(
+                int(n), client, name, status, rcode, reason, place if status == "dropped" else None
+            )
+            for n, client, name, status, rcode, reason, place in rows
+        ]
+
+    def _heat(self, start: datetime | None, end: datetime | None) -> Heat:
+        if start is None or end is None or end <= start:
+            return Heat()
+        seconds = max(1.0, (end - start).total_seconds() / HEAT_COLUMNS)
+        if self._counted:
+            source = (
+                "(SELECT time_end AS t, unnest(buckets) AS b FROM histograms "
+                f"WHERE stage = 'total' AND {self._whole.sql})"
+            )
+            value, number, parameters = "b.lower_ns", "b.count", self._whole.parameters
+        else:
+            source = (
+                "(SELECT time AS t, latency_ns, weight FROM transactions "
+                f"WHERE latency_ns IS NOT NULL AND {self._kept.sql})"
+            )
+            value, number, parameters = "latency_ns", "weight", self._kept.parameters
+        rows = self._found.rows(
+            f"SELECT CAST(floor((epoch(t) - ?) / ?) AS INTEGER), "
+            f"CAST(floor(2 * log2(greatest({value}, 1))) AS INTEGER), sum({number}) "
+            f"FROM {source} GROUP BY ALL",
+            [start.timestamp(), seconds, *parameters],
+        )
+        return _heat_of(rows, start, seconds)
+
+    def _coverage(self) -> Coverage:
+        found = self._found
+        ((transactions, recorded, not_kept, skipped),) = found.rows(
+            "SELECT sum(transactions), sum(recorded), sum(not_kept), sum(skipped) FROM coverage"
+        )
+        lost = found.rows(
+            "SELECT e.key, sum(e.value) AS n FROM (SELECT unnest(map_entries(lost)) AS e "
+            "FROM coverage) GROUP BY 1 HAVING n > 0 ORDER BY 1"
+        )
+        unmatched = found.rows(
+            "SELECT e.key, sum(e.value) AS n FROM (SELECT unnest(map_entries(unmatched)) AS e "
+            "FROM coverage) GROUP BY 1 HAVING n > 0 ORDER BY 1"
+        )
+        gaps = found.rows(
+            "SELECT node, before, time_start FROM (SELECT node, time_start, "
+            "lag(time_end) OVER (PARTITION BY node ORDER BY time_start) AS before FROM coverage) "
+            f"WHERE time_start - before > INTERVAL {_GAP.total_seconds()} SECOND "
+            f"ORDER BY time_start LIMIT {_GAPS_MAX}"
+        )
+        problems = found.rows(
+            "SELECT DISTINCT problem FROM coverage WHERE problem IS NOT NULL ORDER BY 1 LIMIT 5"
+        )
+        return Coverage(
+            int(transactions or 0),
+            int(recorded or 0),
+            int(not_kept or 0),
+            int(skipped or 0),
+            {name: int(n) for name, n in lost},
+            {name: int(n) for name, n in unmatched},
+            gaps,
+            [problem for (problem,) in problems],
+            [(str(path), why) for path, why in found.unreadable],
+            sum(map(len, found.files.values())),
+        )
+
+
+_NODES = (
+    "SELECT node FROM (SELECT node FROM coverage UNION SELECT node FROM transactions UNION "
+    "SELECT node FROM histograms) WHERE node IS NOT NULL ORDER BY node"
+)
+
+
+def _top(groups: Iterable[Group]) -> list[Group]:
+    return sorted(groups, key=lambda g: (-g.count, g.name or ""))[:TOP]
+
+
+def _distributions(
+    sums: Iterable[tuple[Any, ...]], buckets: Iterable[tuple[Any, ...]]
+) -> dict[str | None, Times]:
+    """`sums`: (group, sum, max, perhaps how many values that is from); `buckets`: (group, lower,
+    upper, count)."""
+    by_group: dict[str | None, list[tuple[int, int, int]]] = {}
+    for name, low, high, count in buckets:
+        by_group.setdefault(name, []).append((int(low), int(high), int(count)))
+    return {
+        name: _times_of(by_group.get(name, []), int(sum_ns or 0), top, *map(int, values))
+        for name, sum_ns, top, *values in sums
+    }
+
+
+def _times_of(
+    buckets: list[tuple[int, int, int]], sum_ns: int, max_ns: int | None, values: int | None = None
+) -> Times:
+    """`values`: how many there were, where each stands for several."""
+    buckets.sort()
+    total = sum(count for _, _, count in buckets)
+    values = total if values is None else values
+    octaves: Counter[int] = Counter()
+    for low, _, count in buckets:
+        octaves[max(low, 1).bit_length() - 1] += count
+    quantiles = tuple(
+        None if values < _FEWEST.get(share, 1) else _quantile(buckets, total, share, max_ns)
+        for share in SHARES
+    )
+    return Times(total, sum_ns, max_ns, quantiles, tuple(sorted(octaves.items())))
+
+
+def _quantile(
+    buckets: list[tuple[int, int, int]], total: int, share: float, max_ns: int | None
+) -> int | None:
+    rank = max(1, math.ceil(share * total - 1e-9))
+    for low, high, count in buckets:
+        rank -= count
+        if rank <= 0:
+            middle = round(2 * low * high / (low + high)) if low else 0
+            return middle if max_ns is None else min(middle, max_ns)
+    return None
+
+
+def _heat_of(rows: list[tuple[Any, ...]], start: datetime, seconds: float) -> Heat:
+    if not rows:
+        return Heat()
+    columns = max(row[0] for row in rows) + 1
+    low, high = min(row[1] for row in rows), max(row[1] for row in rows)
+    counts = [[0] * (high - low + 1) for _ in range(columns)]
+    for column, octave, number in rows:
+        counts[max(column, 0)][octave - low] += int(number)
+    starts = [start + timedelta(seconds=seconds * n) for n in range(columns)]
+    return Heat(starts, seconds, list(range(low, high + 1)), counts)

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The user's filters as conditions of SQL, for each of the tables that can tell."""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from tracer import decode
+from tracer.filters import COMM_LEN_MAX, duration_ns
+
+if TYPE_CHECKING:
+    from tracer.filters import Filters
+
+_FAILED = "(status <> 'answered' OR coalesce(rcode, 'NOERROR') <> 'NOERROR')"
+
+
+class NotRecorded(ValueError):
+    """A filter asks for what recordings do not have."""
+
+
+@dataclass(slots=True)
+class Where:
+    """A condition and its parameters. `possible`: whether that table can tell at all."""
+
+    conditions: list[str] = field(default_factory=list)
+    parameters: list[object] = field(default_factory=list)
+    possible: bool = True
+
+    def add(self, condition: str, *parameters: object) -> None:
+        """One more that must hold."""
+        self.conditions.append(condition)
+        self.parameters += parameters
+
+    @property
+    def sql(self) -> str:
+        """Always a condition."""
+        return " AND ".join(self.conditions) or "true"
+
+
+def of_transactions(filters: Filters) -> Where:
+    """For the table `transactions`."""
+    where = Where()
+    side = "backend" if filters.side == "server" else "client"
+    _pods(where, filters, f"{side}.namespace", f"{side}.pod", "client.container")
+    _questions(where, filters, "server.ip", "backend.ip", "backend.namespace", "backend.pod")
+    if filters.pid is not None:
+        where.add("client.pid = ?", filters.pid)
+    if filters.comm is not None:
+        pattern = filters.comm
+        if not re.search(r"[*?\[]", pattern):
+            pattern = pattern[:COMM_LEN_MAX]
+        where.add("client.comm GLOB ?", pattern)
+    if filters.name is not None:
+        lower = filters.name.lower()
+        where.add("rtrim(lower(name), '.') GLOB ?", lower.rstrip(".") or lower)
+    if filters.slower is not None:
+        where.add(
+            "CASE WHEN latency_ns IS NULL THEN status IN ('timeout', 'dropped') "
+            "ELSE latency_ns >= ? END",
+            duration_ns(filters.slower),
+        )
+    return where
+
+
+def of_histograms(filters: Filters, *, of_stages: bool) -> Where:
+    """For the rows of `histograms` that count whole transactions, or stages."""
+    where = Where()
+    side = "backend" if filters.side == "server" else "client"
+    _pods(where, filters, f"{side}_namespace", f"{side}_pod", "client_container")
+    _questions(where, filters, "server_ip", "backend_ip", "backend_namespace", "backend_pod")
+    beyond = (filters.pid, filters.comm, filters.name, filters.slower)
+    where.possible = all(value is None for value in beyond)
+    if of_stages:
+        untold = (filters.type, filters.rcode, filters.server)
+        where.possible &= not filters.failed and all(value is None for value in untold)
+    return where
+
+
+def _pods(where: Where, filters: Filters, namespace: str, pod: str, container: str) -> None:
+    if filters.selector is not None:
+        raise NotRecorded(
+            "recordings do not have the pods' labels: --selector is for live windows alone"
+        )
+    if filters.namespaces:
+        where.add(f"{namespace} IN (SELECT unnest(?))", list(filters.namespaces))
+    if filters.pods:
+        parts = []
+        for glob in filters.pods:
+            what = f"{namespace} || '/' || {pod}" if "/" in glob else pod
+            parts.append(f"{what} GLOB ?")
+            where.parameters.append(glob)
+        where.conditions.append(f"({' OR '.join(parts)})")
+    if filters.container is not None:
+        where.add(f"{container} GLOB ?", filters.container)
+
+
+def _questions(
+    where: Where, filters: Filters, server: str, backend: str, namespace: str, pod: str
+) -> None:
+    if filters.type is not None:
+        where.add("type = ?", decode.type_named(filters.type))
+    if filters.rcode is not None:
+        where.add("rcode = ?", decode.rcode_named(filters.rcode))
+    if filters.failed:
+        where.add(_FAILED)
+    if filters.server is not None:
+        where.add(f"{server} = ?", str(ipaddress.ip_address(filters.server)))
+    if filters.backend is not None:
+        try:
+            where.add(f"{backend} = ?", str(ipaddress.ip_address(filters.backend)))
+        except ValueError:
+            what = f"{namespace} || '/' || {pod}" if "/" in filters.backend else pod
+            where.add(f"{what} GLOB ?", filters.backend)
