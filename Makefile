@@ -28,7 +28,7 @@ test: ## set up, then run every check and every test (as root)
 	$(MAKE) check
 	$(BIN)/pytest
 
-test-kernels: ## the live tests on stock kernels, in emulated guests (as root, 15 minutes)
+test-kernels: ## the live tests on stock kernels, in emulated guests (as root, half an hour)
 	tools/setup kernels
 	cd vagrant && vagrant validate --ignore-provider
 	$(BIN)/python -m tests.guests.matrix

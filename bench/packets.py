@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, NamedTuple
 from tracer.kernel import bpf, programs
 from tracer.kernel.bpf import AttachType, ProgramType
 from tracer.kernel.compile import Compilation
+from tracer.kernel.limits import Limits
 from tracer.kernel.ring import Ring
-from tracer.kernel.session import Limits, Selection, Session
+from tracer.kernel.session import Selection, Session
 from tracer.kernel.table import Table
-from tracer.record import LARGE_RECORD, MAX_HOPS, SMALL_RECORD, HopKind, Wanted
+from tracer.record import LARGE_RECORD, MAX_HOPS, SEGMENT_RECORD, SMALL_RECORD, HopKind, Wanted
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -71,7 +72,7 @@ class Rig(NamedTuple):
     @classmethod
     def set_up(cls) -> Rig:
         slots = Limits().slots
-        sizes = {"SLOTS": slots, "SMALL_PAGES": RING_PAGES, "LARGE_PAGES": 2}
+        sizes = {"SLOTS": slots, "SMALL_PAGES": RING_PAGES, "LARGE_PAGES": 2, "SEGMENT_PAGES": 1}
         built = Compilation(sizes, kprobes=False).result()
         page = os.sysconf("SC_PAGESIZE")
         rings = (
@@ -79,7 +80,8 @@ class Rig(NamedTuple):
             Ring(built.map_fds["large_ring"], 2 * page, LARGE_RECORD),
         )
         programs.fill_free_slots(built, slots)
-        session = Session(built, Table(built.map_fds, slots), rings, "tracepoint")
+        segments = Ring(built.map_fds["segment_ring"], page, SEGMENT_RECORD)
+        session = Session(built, Table(built.map_fds, slots), rings, segments, "tracepoint")
         session.select(Selection())
         traced = {
             hook: programs.load_device_program(built, hook, NETNS, L2_LEN)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import dns.flags
 import dns.message
+import dns.rcode
 import dns.rrset
 
 from tests.samples import START_NS, transaction
@@ -49,6 +50,22 @@ def response(name: str = NAME, answers: int = 1) -> bytes:
     return message.to_wire()
 
 
+def no_such_name(name: str) -> bytes:
+    message = dns.message.make_response(dns.message.make_query(name, "A"))
+    message.set_rcode(dns.rcode.NXDOMAIN)
+    soa = "ns.dns.example.com. hostmaster.example.com. 1 7200 1800 86400 30"
+    message.authority.append(dns.rrset.from_text("example.com.", 30, "IN", "SOA", soa))
+    return message.to_wire()
+
+
+def alias(name: str) -> bytes:
+    message = dns.message.make_response(dns.message.make_query(name, "A"))
+    target = "edge.example.net."
+    message.answer.append(dns.rrset.from_text(name, 30, "IN", "CNAME", target))
+    message.answer.append(dns.rrset.from_text(target, 30, "IN", "A", "192.0.2.1"))
+    return message.to_wire()
+
+
 def random_names() -> Iterator[str]:
     for number in itertools.count():
         yield f"{number:08x}.bench.example.com."
@@ -74,9 +91,10 @@ def decoding() -> None:
     answered = response()
     show("rcode", lambda: decode.rcode(answered, len(answered)))
     show("flags", lambda: decode.flags(0x8180))
-    show("answers, hit", lambda: decode.answers(answered, len(answered)))
-    fresh = [response(next(names)) for _ in range(CALLS)]
-    show("answers, miss", cycle(lambda wire: decode.answers(wire, len(wire)), fresh))
+    show("response, hit", lambda: decode.response(answered, len(answered)))
+    for what, make in (("A", response), ("NXDOMAIN", no_such_name), ("alias", alias)):
+        fresh = [make(next(names)) for _ in range(CALLS)]
+        show(f"response, miss, {what}", cycle(lambda wire: decode.response(wire, len(wire)), fresh))
 
 
 def exporting() -> None:

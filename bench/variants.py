@@ -33,6 +33,7 @@ _STOP_TIMEOUT_S = 30.0
 _SETTLE_S = 0.3
 _CLIENTS_NODE = "node1"
 _ARMED = "tracing "
+_ARMED_IN_LOG = '"msg":"tracing"'
 _TRANSACTION = b'{"event":"transaction"'
 _SUMMARY = b'{"event":"summary"'
 _LOST_IN_WORDS = {
@@ -127,7 +128,7 @@ def tracer(*arguments: str, with_kubernetes: bool = False) -> Watch:
         began = time.monotonic()
         with shown.open("wb") as stdout, _process(argv, stdout=stdout) as process:
             words = _Words(process)
-            words.until(_ARMED)
+            words.until(_ARMED_IN_LOG if "continuous" in arguments else _ARMED)
             figures = Figures(pid=process.pid, armed_s=time.monotonic() - began)
             time.sleep(_SETTLE_S)
             figures.idle_kib = machine.memory_kib(process.pid)
@@ -141,7 +142,9 @@ def tracer(*arguments: str, with_kubernetes: bool = False) -> Watch:
             figures.cpu_s = spent_s - spent_before_s
             if process.returncode != 0:
                 raise BenchError(f"dnstrace failed: {words.rest().strip()}")
-            if "--json" in arguments:
+            if "continuous" in arguments:
+                _take_log(figures, words.rest())
+            elif "--json" in arguments:
                 _take_json(figures, shown, lab.pod(load.CLIENT).ipv4)
             else:
                 _take_words(figures, words.rest())
@@ -176,6 +179,13 @@ def _take_words(figures: Figures, said: str) -> None:
 
     figures.transactions = count("transactions? in ")
     figures.lost = {name: count(words) for name, words in _LOST_IN_WORDS.items()}
+
+
+def _take_log(figures: Figures, said: str) -> None:
+    """The same from the last line of the log, which is silent about what there was none of."""
+    last: dict[str, Any] = json.loads(said.splitlines()[-1])
+    figures.transactions = last["transactions"]
+    figures.lost = {name: last.get(f"lost_{name}", 0) for name in _LOST_IN_WORDS}
 
 
 class _Words:
@@ -246,6 +256,7 @@ VARIANTS = (
     Variant("tcpdump", f"tcpdump -i any -w FILE port 53 on {_CLIENTS_NODE}", tcpdump),
     Variant("live", "dnstrace > FILE", tracer()),
     Variant("json", "dnstrace --json > FILE", tracer("--json")),
+    Variant("continuous", "dnstrace continuous", tracer("continuous")),
     # Not --failed: NXDOMAIN is a failure, and more than a third of what pods ask.
     Variant("filtered", "dnstrace --json --rcode SERVFAIL: all traced, none shown", FILTERED),
 )
