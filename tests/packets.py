@@ -99,8 +99,23 @@ def udp(payload: bytes, source: int, destination: int, *, length: int | None = N
     return struct.pack("!HHHH", source, destination, length, 0) + payload
 
 
-def tcp(payload: bytes, source: int, destination: int) -> bytes:
-    return struct.pack("!HHIIBBHHH", source, destination, 1, 1, 0x50, 0x18, 64240, 0, 0) + payload
+FIN, SYN, RST, PSH, ACK = 1, 2, 4, 8, 16
+
+
+def tcp(
+    payload: bytes,
+    source: int,
+    destination: int,
+    *,
+    seq: int = 1,
+    flags: int = PSH | ACK,
+    options: bytes = b"",
+    data_offset: int | None = None,
+) -> bytes:
+    """`data_offset`: in words of 32 bits, as the header says."""
+    words = 5 + len(options) // 4 if data_offset is None else data_offset
+    head = (source, destination, seq % 2**32, 1, words << 4, flags, 64240, 0, 0)
+    return struct.pack("!HHIIBBHHH", *head) + options + payload
 
 
 def ipv4(
@@ -111,14 +126,15 @@ def ipv4(
     *,
     options: bytes = b"",
     fragment: int = 0,
+    length: int | None = None,
 ) -> bytes:
-    """`fragment`: flags and offset as they are in the header."""
+    """`fragment`: flags and offset as they are in the header; `length`: what it says."""
     header_len = 20 + len(options)
     header = struct.pack(
         "!BBHHHBBH4s4s",
         0x40 | header_len // 4,
         0,
-        min(header_len + len(payload), 0xFFFF),
+        min(header_len + len(payload), 0xFFFF) if length is None else length,
         1,
         fragment,
         64,

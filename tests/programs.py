@@ -22,9 +22,18 @@ from tracer.assemble import ip_text
 from tracer.kernel import bpf, programs
 from tracer.kernel.compile import Compilation
 from tracer.kernel.ring import Ring
-from tracer.kernel.session import Selection, Session, raise_limits
+from tracer.kernel.session import KEEP_ALL, Selection, Session, raise_limits
 from tracer.kernel.table import Table
-from tracer.record import LARGE_RECORD, SMALL_RECORD, Counter, HopKind, Status
+from tracer.record import (
+    BUCKET_KEY,
+    LARGE_RECORD,
+    SEGMENT_RECORD,
+    SERIES_KEY,
+    SMALL_RECORD,
+    Counter,
+    HopKind,
+    Status,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -32,10 +41,13 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 SLOTS = 8  # as many as an eviction looks at, so that it finds the oldest of all
-SMALL_PAGES, LARGE_PAGES = 8, 16
+CONNECTIONS = 8
+BUCKETS = 512
+SMALL_PAGES, LARGE_PAGES, SEGMENT_PAGES = 8, 16, 16
 PAGE = os.sysconf("SC_PAGESIZE")
 # A record's frame has a header of 8 bytes, and a ring is full one byte early.
 SMALL_RECORDS = (SMALL_PAGES * PAGE - 1) // (SMALL_RECORD.itemsize + 8)
+SEGMENT_RECORDS = (SEGMENT_PAGES * PAGE - 1) // (SEGMENT_RECORD.itemsize + 8)
 LARGE_RECORDS = (LARGE_PAGES * PAGE - 1) // (LARGE_RECORD.itemsize + 8)
 
 SEND, INGRESS, EGRESS, RECEIVE = HopKind.SEND, HopKind.INGRESS, HopKind.EGRESS, HopKind.RECEIVE
@@ -163,6 +175,34 @@ class Programs:
             Record(batch[i : i + 1]) for batch in self.session.read() for i in range(len(batch))
         ]
 
+    def segments(self) -> NDArray[np.void]:
+        """The segments that have come out since the last call."""
+        return np.concatenate(
+            [
+                np.zeros(0, SEGMENT_RECORD),
+                *(b for ring, b in self.session.read_all() if ring == "segments"),
+            ]
+        )
+
+    def connections(self) -> tuple[set[int], dict[tuple[str, str, int, int], int]]:
+        """The numbers of those in the table, and the number by each flow."""
+        fds = self.session.built.map_fds
+        numbers = {int.from_bytes(k, "little") for k in bpf.map_keys(fds["connections"], 8)}
+        ids = {}
+        for key in bpf.map_keys(fds["connection_ids"], 40):
+            client, server, ports = key[:16], key[16:32], struct.unpack("!HH4x", key[32:])
+            value = bpf.map_lookup(fds["connection_ids"], key, 8)
+            assert value is not None
+            ids[ip_text(client), ip_text(server), *ports] = int.from_bytes(value, "little")
+        return numbers, ids
+
+    def forget_connections(self) -> None:
+        """Empties the tables of connections, and of who was asked."""
+        fds = self.session.built.map_fds
+        for name, size in (("connections", 8), ("connection_ids", 40), ("serving_cgroups", 8)):
+            for key in list(bpf.map_keys(fds[name], size)):
+                bpf.map_delete(fds[name], key)
+
     def record(self) -> Record:
         """The only one that has come out."""
         (record,) = self.records()
@@ -197,6 +237,12 @@ class Programs:
         while self.in_flight():
             self.expire()
         self.records()
+        self.segments()
+        self.forget_connections()
+        self.session.keep(KEEP_ALL)
+        for name, size in (("all_series", SERIES_KEY.itemsize), ("buckets", BUCKET_KEY.itemsize)):
+            for key in list(bpf.map_keys(self.session.built.map_fds[name], size)):
+                bpf.map_delete(self.session.built.map_fds[name], key)
         for memory in ("variant_last_ns", "crowded_last_ns"):
             bpf.map_update(self.session.built.map_fds[memory], bytes(4), bytes(8))
         self._counted_before = self.session.counters()
@@ -204,7 +250,13 @@ class Programs:
     def check_accounts(self, expired: int = 0) -> None:
         """Whatever began is in exactly one place. `expired`: how many `expire` has ended."""
         counted = self.counted()
-        ended = (Counter.EMITTED, Counter.RING_FULL, Counter.TABLE_FULL)
+        ended = (
+            Counter.EMITTED,
+            Counter.RING_FULL,
+            Counter.TABLE_FULL,
+            Counter.NOT_KEPT,
+            Counter.SKIPPED,
+        )
         accounted = sum(counted.get(counter, 0) for counter in ended) + expired + self.in_flight()
         assert counted.get(Counter.STARTED, 0) == accounted
 
@@ -231,28 +283,45 @@ class Programs:
 
 
 @functools.cache
-def _built() -> Programs:
+def _built(series: int) -> Programs:
     raise_limits()
-    sizes = {"SLOTS": SLOTS, "SMALL_PAGES": SMALL_PAGES, "LARGE_PAGES": LARGE_PAGES}
+    sizes = {
+        "SLOTS": SLOTS,
+        "SMALL_PAGES": SMALL_PAGES,
+        "LARGE_PAGES": LARGE_PAGES,
+        "SEGMENT_PAGES": SEGMENT_PAGES,
+        "CONNECTIONS": CONNECTIONS,
+    }
+    if series:
+        sizes |= {"SERIES": series, "BUCKETS": BUCKETS}
     built = Compilation(sizes, kprobes=False).result()
     rings = (
         Ring(built.map_fds["small_ring"], SMALL_PAGES * PAGE, SMALL_RECORD),
         Ring(built.map_fds["large_ring"], LARGE_PAGES * PAGE, LARGE_RECORD),
     )
     programs.fill_free_slots(built, SLOTS)
-    return Programs(Session(built, Table(built.map_fds, SLOTS), rings, "tracepoint"))
+    segments = Ring(built.map_fds["segment_ring"], SEGMENT_PAGES * PAGE, SEGMENT_RECORD)
+    return Programs(Session(built, Table(built.map_fds, SLOTS), rings, segments, "tracepoint"))
+
+
+_loaded: set[int] = set()
 
 
 def _unload() -> None:
-    if _built.cache_info().currsize:
-        _built().close()
-        _built.cache_clear()
+    for series in _loaded:
+        _built(series).close()
+    _loaded.clear()
+    _built.cache_clear()
 
 
 @contextlib.contextmanager
-def compiled_programs() -> Iterator[None]:
-    """Around all the tests of a module: compiles once, and leaves nothing loaded behind."""
-    _built()
+def compiled_programs(series: int = 0) -> Iterator[None]:
+    """Around all the tests of a module: compiles once, and leaves nothing loaded behind.
+
+    With room for so many `series`, the kernel counts transactions as well.
+    """
+    _built(series)
+    _loaded.add(series)
     try:
         yield
     finally:
@@ -260,9 +329,10 @@ def compiled_programs() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def loaded_programs() -> Iterator[Programs]:
+def loaded_programs(series: int = 0) -> Iterator[Programs]:
     """The programs, in a block of `compiled_programs`; their tables are empty on both ends."""
-    kernel = _built()
+    kernel = _built(series)
+    _loaded.add(series)
     try:
         kernel.reset()
         yield kernel

@@ -26,7 +26,14 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-SIZES = {"SLOTS": 8, "SMALL_PAGES": 1, "LARGE_PAGES": 2}
+SIZES = {
+    "SLOTS": 8,
+    "SMALL_PAGES": 1,
+    "LARGE_PAGES": 2,
+    "SEGMENT_PAGES": 1,
+    "SERIES": 8,
+    "BUCKETS": 64,
+}
 REGISTERS = {"x86_64": {112, 104, 96}, "aarch64": {0, 8, 16}}  # di, si, dx; x0, x1, x2
 # Both lie in one block that is read at once: the second is used as a distance from the first.
 FROM_TRANSPORT_HEADER = "OFFSET_sk_buff_network_header"
@@ -100,6 +107,7 @@ def test_offsets_are_those_that_bpftool_reads(btf: Path) -> None:
     assert found.pop("OFFSET_sk_buff_nfct") == dump.offset("sk_buff", "_nfct")
     original = dump.offset("nf_conn", "tuplehash") + dump.offset("nf_conntrack_tuple_hash", "tuple")
     assert found.pop("OFFSET_nf_conn_original") == original
+    assert found.pop("OFFSET_sock_cgrp_data") == dump.offset("sock", "sk_cgrp_data")
     assert found.pop("HAVE_DROP_REASON") == 1
     assert found == {
         f"OFFSET_argument_{i}": dump.offset("pt_regs", "regs") + 8 * i for i in range(3)

@@ -15,6 +15,7 @@ from tracer.cluster.identities import Identities
 from tracer.cluster.model import Inventory, Pod, Service
 from tracer.record import SMALL_RECORD, TRANSACTION, HopKind
 from tracer.record import Status as Code
+from tracer.tally import Tally
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -89,6 +90,8 @@ def one(hops: str, *servers: str, status: Code = Code.ANSWERED, end_ns: int = 60
         # Its own packets tell, and most of all those at its sockets.
         (">send >out/1 <in/1 <out <receive", (_SERVICE, _POD), _POD),
         (">send >in >receive/1 <send/1 <receive", (_SERVICE, _POD), _POD),
+        # NAT on a loopback is undone before the answer is seen to leave.
+        (">send/1 >receive/1 <send <receive", (_SERVICE, _POD), _POD),
         (">send >in", (_SERVICE,), None),
         (">send >out/1", (_SERVICE, _POD), _POD),
         # Without NAT the server is who was asked.
@@ -184,3 +187,29 @@ def test_record_becomes_a_transaction() -> None:
     ]
     assert made.hops[1].nat
     assert made.hops[1].nat.dnat == ((_SERVICE, 53), (_POD, 53))
+
+
+@pytest.mark.parametrize(
+    ("reason", "where", "status"),
+    [
+        (2, "here", "refused"),  # nothing listens in the client's own namespace
+        (2, "elsewhere", "dropped"),  # whether it hears so is not known
+        (3, "here", "dropped"),
+        (0, "here", "dropped"),
+    ],
+)
+def test_drop_for_want_of_a_listener_is_a_refusal_where_the_client_hears_of_it(
+    reason: int, where: str, status: str
+) -> None:
+    batch = slot(">send >drop", "127.0.0.1", status=Code.OPEN, end_ns=0)
+    batch["netns"] = 4026532246
+    batch["hops"]["netns"][0, 1] = 4026532246 if where == "here" else 4026532247
+    batch["hops"]["drop_reason"][0, 1] = reason
+    (made,) = assembled(batch)
+    assert made.status == status
+    assert made.latency_ns is None
+    tally = Tally({2: "NO_SOCKET"})
+    tally.add(batch)
+    assert tally.read().keys["status"].tolist() == [
+        Code.REFUSED if status == "refused" else Code.DROPPED
+    ]

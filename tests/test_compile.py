@@ -3,23 +3,16 @@
 
 import os
 import signal
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 import pytest
 
-from tracer.kernel.compile import (
-    LARGE_RING_PAGES,
-    SMALL_RING_PAGES,
-    Compilation,
-    CompileError,
-    Target,
-)
+from tracer.kernel.compile import Compilation, CompileError, Target
+from tracer.kernel.limits import Limits
 
-SIZES = {"SLOTS": 8, "SMALL_PAGES": 1, "LARGE_PAGES": 1}
+SIZES = {"SLOTS": 8, "SMALL_PAGES": 1, "LARGE_PAGES": 1, "SEGMENT_PAGES": 1}
 MACHINE = f"""
 _Static_assert(PAGE_SIZE == {os.sysconf("SC_PAGESIZE")}, "page size");
 _Static_assert(LINUX_VERSION_CODE >> 16 == {os.uname().release.split(".")[0]}, "kernel version");
@@ -60,22 +53,14 @@ def test_killed_compiler_is_an_error_and_leaves_no_files(
     assert list(tmp_path.iterdir()) == []
 
 
-def ring_sizes_with_pages_of(size: int) -> list[str]:
-    """What is compiled on a machine whose pages have that size."""
-    code = f"""
-import os
-os.sysconf = lambda name: {{"SC_PAGESIZE": {size}}}[name]
-from tracer.kernel import compile
-print(compile.SMALL_RING_PAGES * {size}, compile.LARGE_RING_PAGES * {size})
-"""
-    return subprocess.check_output([sys.executable, "-c", code], text=True).split()
-
-
-def test_rings_are_as_large_whatever_the_size_of_pages() -> None:
-    here = os.sysconf("SC_PAGESIZE")
-    sizes = [str(SMALL_RING_PAGES * here), str(LARGE_RING_PAGES * here)]
-    for size in (4096, 16384, 65536):
-        assert ring_sizes_with_pages_of(size) == sizes
+@pytest.mark.parametrize("page", [4096, 16384, 65536])
+def test_rings_are_as_large_whatever_the_size_of_pages(
+    page: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sysconf", {"SC_PAGESIZE": page}.__getitem__)
+    sizes = Limits().macros()
+    assert sizes["SMALL_PAGES"] * page == Limits().small_ring == 8 << 20
+    assert sizes["LARGE_PAGES"] * page == Limits().large_ring == 2 << 20
 
 
 def test_unknown_machine_is_an_error_that_names_it() -> None:

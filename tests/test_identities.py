@@ -134,6 +134,46 @@ def test_impossible_value_is_refused_in_one_line(tmp_path: Path, field: str, val
     assert str(wrong.value).isprintable()
 
 
+WRONG = {
+    '{"pod": []}': "'pod' is unknown; there are: pods, services, nodes",
+    '{"pods": [], "service": []}': "'service' is unknown; there are: pods, services, nodes",
+    '{"\\u001b[2J": []}': "'\\x1b[2J' is unknown; there are: pods, services, nodes",
+    '{"pods": [{"namespace": "a", "name": "b", "ips": ["10.244.1.300"]}]}': (
+        "pods[0].ips: '10.244.1.300' is not an IP address"
+    ),
+    '{"nodes": [{"name": "a"}, {"name": "b", "ips": ["node1"]}]}': (
+        "nodes[1].ips: 'node1' is not an IP address"
+    ),
+    '{"services": [{"namespace": "a", "name": "b", "endpoints": [""]}]}': (
+        "services[0].endpoints: '' is not an IP address"
+    ),
+    '{"services": [{"namespace": "a", "name": "b", "target_ports": [65536]}]}': (
+        "services[0].target_ports must be ports, from 1 to 65535"
+    ),
+}
+
+
+@pytest.mark.parametrize(("content", "said"), WRONG.items(), ids=WRONG.values())
+def test_mistake_in_a_pods_file_is_said_with_its_place(
+    tmp_path: Path, content: str, said: str
+) -> None:
+    path = tmp_path / "pods.json"
+    path.write_text(content)
+    with pytest.raises(PodsFileError) as wrong:
+        pods_file.load(path)
+    assert str(wrong.value) == f"pods file {path}: {said}"
+
+
+def test_endpoints_ports_of_a_pods_file_count_as_dns(tmp_path: Path) -> None:
+    path = tmp_path / "pods.json"
+    service = {"namespace": "kube-system", "name": "kube-dns", "ips": ["10.96.0.10"], "ports": [53]}
+    other = {"namespace": "sre", "name": "web", "ips": ["10.96.0.80"], "ports": [80]}
+    for ports, expected in (([5353], (53, 5353)), ([], (53,))):
+        content = {"services": [{**service, "target_ports": ports}, other]}
+        path.write_text(json.dumps(content))
+        assert Identities(pods_file.load(path), None).dns_ports() == expected
+
+
 def test_possible_values_are_taken(tmp_path: Path) -> None:
     path = tmp_path / "pods.json"
     container = {"name": "app", "cgroup": "/a..b/c/"}

@@ -41,9 +41,16 @@ def test_transaction_has_every_field_in_order() -> None:
         "protocol": "udp",
         "name": "www.example.com.",
         "type": "A",
+        "opcode": "QUERY",
         "rcode": "NOERROR",
         "flags": ["rd", "ra"],
         "answers": [{"name": "www.example.com.", "type": "A", "ttl": 30, "data": "93.184.216.34"}],
+        "authority": [],
+        "additional": [],
+        "edns": None,
+        "extended_error": None,
+        "negative_ttl": None,
+        "query_edns": None,
         "latency_ns": 7_400_000,
         "attempt": 1,
         "client": {
@@ -58,7 +65,7 @@ def test_transaction_has_every_field_in_order() -> None:
             "container": "app",
             "node": "worker3",
         },
-        "server": {"ip": "10.96.0.10", "port": 53, "service": "kube-system/kube-dns"},
+        "server": {"ip": "10.96.0.10", "port": 53, "service": "kube-system/kube-dns", "role": None},
         "backend": {
             "ip": "10.244.0.3",
             "port": 53,
@@ -92,6 +99,7 @@ def test_transaction_has_every_field_in_order() -> None:
             },
         ],
         "upstream": None,
+        "upstream_unsure": 0,
         "response_len": 49,
         "problem": None,
     }
@@ -179,7 +187,7 @@ def test_summary_has_every_field_in_order() -> None:
     assert encoded == (
         b'{"event":"summary","transactions":1200,"lookups":240,"duration_ns":30000000000,'
         b'"lost":{"ring_full":0,"table_full":1,"undecodable":0,"filtered":0},'
-        b'"unmatched":{"responses":2,"queries":0}}\n'
+        b'"unmatched":{"responses":2,"queries":0},"problem":null}\n'
     )
 
 

@@ -2,7 +2,6 @@
 """The lab: real namespaces, real name servers, real commands. Every test here leaves it down."""
 
 import argparse
-import itertools
 import json
 import os
 import re
@@ -16,15 +15,17 @@ from typing import Any
 
 import pytest
 
+from tests.asking import CLIENTS, dig, fresh_name
+from tests.leftovers import NOTHING, leftovers, names_in
+from tracer.cluster import pods_file
+from tracer.cluster.identities import Identities
 from tracer.lab import Lab, LabError, cgroups, cli, commands, enter, services, state, topology
 
 pytestmark = pytest.mark.usefixtures("root")
 
-CLIENTS = ["sre/web-0", "sre/api-0", "sre/worker-0", "default/shop-0", "sre/host-agent"]
 SERVICE_IPS = topology.DNS_SERVICE.ips
 WWW = "93.184.216.34"
 HOST_FILES = ("/etc/resolv.conf", "/etc/hosts", "/etc/nsswitch.conf")
-_fresh = itertools.count()
 
 
 @pytest.fixture
@@ -40,65 +41,10 @@ def _nothing_left() -> Iterator[None]:
     Lab().down()
 
 
-def dig(lab: Lab, pod: str, *arguments: str) -> str:
-    """What dig +short says in a pod; each question is asked once."""
-    argv = ["dig", "+short", "+tries=1", "+time=3", *arguments]
-    result = lab.run(pod, argv)
-    return str(result.stdout).strip()
-
-
-def fresh_name() -> str:
-    """A name that no cache has."""
-    return f"t{os.getpid()}-{next(_fresh)}.bench.example.com"
-
-
-def leftovers() -> dict[str, list[str]]:
-    """What a lab leaves on the machine, by kind."""
-    mount = cgroups.find_mount(Path("/proc/self/mountinfo").read_text())
-    assert mount is not None
-    ours = set(topology.namespaces())
-    return {
-        "namespaces": sorted(ours & set(names_in("/run/netns"))),
-        "/etc/netns": sorted(ours & set(names_in("/etc/netns"))),
-        "cgroups": [str(path) for path in mount.glob(cgroups.PARENT)],
-        "run directory": [str(path) for path in (state.RUN_DIR,) if path.exists()],
-        "processes": lab_processes(),
-        "mounts": re.findall(r"/run/\S*dnstrace-\S*", Path("/proc/self/mountinfo").read_text()),
-    }
-
-
-NOTHING: dict[str, list[str]] = {
-    "namespaces": [],
-    "/etc/netns": [],
-    "cgroups": [],
-    "run directory": [],
-    "processes": [],
-    "mounts": [],
-}
-
-
-def names_in(directory: str) -> list[str]:
-    path = Path(directory)
-    return [entry.name for entry in path.iterdir()] if path.exists() else []
-
-
 def mounts_of_the_host() -> list[str]:
     """All mounts but the one on /run/netns, which `ip netns` makes once and leaves."""
     lines = Path("/proc/self/mountinfo").read_text().splitlines()
     return [line for line in lines if " /run/netns " not in line]
-
-
-def lab_processes() -> list[str]:
-    """Command lines of the living processes that name the lab's run directory."""
-    found = []
-    for directory in Path("/proc").glob("[0-9]*"):
-        try:
-            line = (directory / "cmdline").read_bytes().replace(b"\0", b" ").decode()
-        except OSError:
-            continue
-        if str(state.RUN_DIR) in line:
-            found.append(line)
-    return found
 
 
 def lab_command(*arguments: str) -> list[str]:
@@ -115,10 +61,24 @@ def test_up_twice_is_up_once(lab: Lab) -> None:
     assert [pod.pid for pod in lab.pods] == before
 
 
-def test_up_with_other_options_replaces_the_lab(lab: Lab) -> None:
+def test_up_with_other_options_replaces_the_lab(
+    lab: Lab, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And says so."""
     before = lab.pod("sre/web-0").pid
+    assert capsys.readouterr().err == ""
     with Lab(quiet_servers=True) as other:
         assert other.pod("sre/web-0").pid != before
+    said = "lab: replaces the one that was up, which had other options\n"
+    assert capsys.readouterr().err == said
+
+
+def test_demo_leaves_a_lab_that_is_up(lab: Lab, project: Path) -> None:
+    before = [pod.pid for pod in lab.pods]
+    demo = subprocess.run([project / "tools/demo"], capture_output=True, text=True, check=False)
+    assert (demo.returncode, demo.stdout) == (1, "")
+    assert "run 'sudo dnstrace lab down' first" in demo.stderr
+    assert [pod.pid for pod in lab.pods] == before
 
 
 def test_up_mends_a_lab_with_a_dead_server(lab: Lab) -> None:
@@ -213,6 +173,50 @@ def test_a_lab_killed_while_it_came_up_is_cleared_away(sign: Path, project: Path
     with Lab() as lab:
         assert dig(lab, "sre/web-0", "www.example.com") == WWW
     assert leftovers() == NOTHING
+
+
+def test_a_pod_that_is_added_is_as_good_as_the_first_ones() -> None:
+    """On the other kind of node, through the overlay, and gone with the lab."""
+    with Lab(overlay=True) as lab:
+        added = lab.add_pod("sre", "batch-0", "node2", container="job")
+        shown = lab.run("sre/batch-0", ["cat", "/proc/self/cgroup", "/etc/resolv.conf"]).stdout
+        assert f"0::/{added.cgroup}\n" in shown
+        assert "search sre.svc.cluster.local" in shown
+        for server in SERVICE_IPS:
+            assert dig(lab, "sre/batch-0", f"@{server}", "www.example.com") == WWW
+        assert lab.up() is False
+        pods = json.loads(lab.pods_file.read_text())["pods"]
+        assert [pod["netns"] for pod in pods if pod["name"] == "batch-0"] == [added.netns]
+        with pytest.raises(LabError, match="choose another name"):
+            lab.add_pod("sre", "batch-0")
+        lab.add_pod("sre", "batch-1", host_network=True)
+        assert dig(lab, "sre/batch-1", "www.example.com") == WWW
+    assert leftovers() == NOTHING
+
+
+def test_a_pod_that_is_removed_leaves_nothing(lab: Lab) -> None:
+    before = json.loads(lab.pods_file.read_text())
+    added = lab.add_pod("sre", "batch-0")
+    assert added.veth is not None
+    lab.remove_pod("sre/batch-0")
+    assert not (lab.cgroup_mount / added.cgroup).parent.exists()
+    assert added.netns_name not in names_in("/run/netns") + names_in("/etc/netns")
+    links = (
+        lab.node_exec("node1", ["ip", "link"]).stdout
+        + lab.node_exec("node1", ["ip", "route"]).stdout
+    )
+    assert added.veth not in links
+    assert json.loads(lab.pods_file.read_text()) == before
+    with pytest.raises(LabError, match="no pod sre/batch-0"):
+        lab.run("sre/batch-0", ["true"])
+    with pytest.raises(LabError, match="came with the lab"):
+        lab.remove_pod("sre/web-0")
+
+
+def test_without_an_api_server_there_is_none_to_ask(lab: Lab) -> None:
+    for ask in (lambda: lab.api, lab.start_api):
+        with pytest.raises(LabError, match="run `dnstrace lab up --api`"):
+            ask()
 
 
 def test_a_recycled_pid_is_not_taken_for_the_labs() -> None:
@@ -366,10 +370,11 @@ def rcode(lab: Lab, name: str) -> str:
 def test_outside_can_be_slow_silent_and_failing(lab: Lab) -> None:
     assert rcode(lab, "servfail.example.com") == "SERVFAIL"
     assert rcode(lab, "refused.example.com") == "REFUSED"
-    shown = lab.run("sre/web-0", ["dig", "slow.example.com"]).stdout
-    took = re.search(r"Query time: (\d+) msec", shown)
-    assert took is not None
-    assert 300 <= int(took.group(1)) < 1000
+    # Without -u, dig reads a clock that is up to a tick (4 ms) behind.
+    shown = lab.run("sre/web-0", ["dig", "-u", "slow.example.com"]).stdout
+    took_us = re.search(r"Query time: (\d+) usec", shown)
+    assert took_us is not None
+    assert 300_000 <= int(took_us.group(1)) < 1_000_000
     silent = lab.run("sre/web-0", ["dig", "+tries=1", "+time=1", "lost.example.com"])
     assert "timed out" in silent.stdout
 
@@ -520,9 +525,15 @@ def test_pods_file_describes_what_runs(lab: Lab) -> None:
         "name": "kube-dns",
         "ips": ["10.96.0.10", "fd00:10:96::a"],
         "ports": [53],
+        "target_ports": [53],
         "endpoints": ["10.244.1.2", "fd00:10:244:1::2", "10.244.2.2", "fd00:10:244:2::2"],
     }
     assert [node["name"] for node in content["nodes"]] == ["node1", "node2"]
+
+
+def test_pods_file_has_the_port_that_the_replicas_listen_on() -> None:
+    with Lab(dns_port=5353) as lab:
+        assert Identities(pods_file.load(lab.pods_file), None).dns_ports() == (53, 5353)
 
 
 @pytest.mark.parametrize(
@@ -553,6 +564,16 @@ def test_failures_are_one_line_with_the_remedy(capsys: pytest.CaptureFixture[str
     assert run_cli("run", "--pod", "sre/nobody", "true") == 1
     assert capsys.readouterr().err.startswith("dnstrace: no pod sre/nobody: there are ")
     assert run_cli("status") == 1
+
+
+@pytest.mark.parametrize("action", [["up"], ["down"], ["run", "true"]], ids=" ".join)
+def test_who_is_not_root_is_told_to_be(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], action: list[str]
+) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    assert run_cli(*action) == 3
+    said = "dnstrace: the lab makes network namespaces: run it as root\n"
+    assert capsys.readouterr().err == said
 
 
 def test_a_missing_tool_is_named_with_its_package(

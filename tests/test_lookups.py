@@ -342,6 +342,23 @@ def test_answer_by_tcp_belongs_to_the_truncated_one() -> None:
     assert found.latency_ns == NS_PER_MS + ANSWER_NS
 
 
+@pytest.mark.parametrize("later", [0, 1])
+def test_both_families_asked_again_by_tcp_are_one_lookup(later: int) -> None:
+    """As glibc does, over one connection and with the same ids, when either answer is truncated."""
+    by_udp = [
+        transaction("www.example.com", "A", "NOERROR", START_NS, 7, flags=("tc",) * (1 - later)),
+        transaction("www.example.com", "AAAA", "NOERROR", START_NS, 8, flags=("tc",) * later),
+    ]
+    start_ns = START_NS + NS_PER_MS
+    by_tcp = [
+        transaction("www.example.com", type_, "NOERROR", start_ns, dns_id, protocol="tcp")
+        for type_, dns_id in (("A", 7), ("AAAA", 8))
+    ]
+    reports = [Reported(t.time_ns + ANSWER_NS + n, t) for n, t in enumerate((*by_udp, *by_tcp))]
+    (found,) = group(reports, NDOTS_1)
+    assert (found.queries, found.wasted, found.status) == (4, 0, "NOERROR")
+
+
 def glibc_after_a_loss(name: str, rcode: str) -> list[Reported]:
     """What glibc does when A is answered and AAAA is lost: after five seconds it sends both again
     over the same socket, one after the other. That AAAA was lost shows when it is sent again.
@@ -610,7 +627,7 @@ def test_every_transaction_is_in_exactly_one_lookup(
     found = group(reports, resolver, table)
     assert sum(one.queries for one in found) == len(reports)
     assert sorted(dns_id for one in found for dns_id in one.ids) == sorted(
-        report.t.dns_id for report in reports
+        report.t.dns_id or 0 for report in reports
     )
     assert (len(table), table.evicted, table._due) == (0, 0, {})
     for one in found:

@@ -22,12 +22,13 @@ def names_in_wheel(project: Path) -> set[str]:
     """What a wheel must hold: every module, and what is compiled on the user's machine."""
     modules = {str(path.relative_to(project)) for path in (project / "tracer").rglob("*.py")}
     bpf = {f"tracer/{path.relative_to(project)}" for path in (project / "bpf").rglob("*.[ch]")}
-    coredns = {
+    deploy = {f"tracer/{path.relative_to(project)}" for path in (project / "deploy").glob("*.yaml")}
+    go = {
         str(path.relative_to(project))
         for pattern in ("*.go", "go.mod", "go.sum")
-        for path in (project / "tracer/lab/coredns").glob(pattern)
+        for path in (project / "tracer/lab").glob(f"*/{pattern}")
     }
-    return modules | bpf | coredns
+    return modules | bpf | deploy | go
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +37,7 @@ def wheel(project: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     copy = tmp_path_factory.mktemp("sources")
     for name in ("pyproject.toml", "LICENSE", "LICENSE.GPL-2.0"):
         shutil.copy(project / name, copy)
-    for name in ("bpf", "tracer"):
+    for name in ("bpf", "deploy", "tracer"):
         shutil.copytree(project / name, copy / name, symlinks=True)
     target = tmp_path_factory.mktemp("wheel")
     pip("wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", target, copy)

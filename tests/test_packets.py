@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import struct
 import time
 from pathlib import Path
@@ -53,29 +54,27 @@ MAX_VARIANTS = 4
 LATER_S = 0.002  # after which a query that comes again was asked again, and not doubled
 OTHER_SERVER = FLOW._replace(server="10.96.0.11")
 
-# How an IP packet may look: its flow, and what makes it of (UDP, source, destination).
-INNER: dict[str, tuple[Flow, Callable[[bytes, str, str], bytes]]] = {
+# How an IP packet may look: its flow, and what makes it of (UDP or TCP, source, destination, perhaps protocol).
+INNER: dict[str, tuple[Flow, Callable[..., bytes]]] = {
     "IPv4": (FLOW, p.ipv4),
-    "IPv4 with options": (FLOW, lambda u, s, d: p.ipv4(u, s, d, options=bytes([1] * 12))),
-    "IPv4 with 40 bytes of options": (FLOW, lambda u, s, d: p.ipv4(u, s, d, options=bytes(40))),
+    "IPv4 with options": (FLOW, lambda *of: p.ipv4(*of, options=bytes([1] * 12))),
+    "IPv4 with 40 bytes of options": (FLOW, lambda *of: p.ipv4(*of, options=bytes(40))),
     "IPv6": (FLOW6, p.ipv6),
     "IPv6 with hop-by-hop options": (
         FLOW6,
-        lambda u, s, d: p.ipv6(u, s, d, extensions=((0, b"\0" + bytes(6)),)),
+        lambda *of: p.ipv6(*of, extensions=((0, b"\0" + bytes(6)),)),
     ),
     "IPv6 with destination options of 24 bytes": (
         FLOW6,
-        lambda u, s, d: p.ipv6(u, s, d, extensions=((60, b"\2" + bytes(22)),)),
+        lambda *of: p.ipv6(*of, extensions=((60, b"\2" + bytes(22)),)),
     ),
     "IPv6 in a fragment that is the whole": (
         FLOW6,
-        lambda u, s, d: p.ipv6(u, s, d, extensions=((44, bytes(7)),)),
+        lambda *of: p.ipv6(*of, extensions=((44, bytes(7)),)),
     ),
     "IPv6 with four extension headers": (
         FLOW6,
-        lambda u, s, d: p.ipv6(
-            u, s, d, extensions=tuple((n, b"\0" + bytes(6)) for n in (0, 60, 43, 60))
-        ),
+        lambda *of: p.ipv6(*of, extensions=tuple((n, b"\0" + bytes(6)) for n in (0, 60, 43, 60))),
     ),
 }
 # How a frame may carry such a packet.
@@ -658,6 +657,8 @@ def test_slot_tells_nothing_of_who_had_it_before(kernel: Programs) -> None:
     assert told == {
         "end_ns": 0,
         "cgroup_id": 0,
+        "server_cgroup_id": 0,
+        "protocol": socket.IPPROTO_UDP,
         "drop_location": 0,
         "netns": 0,
         "pid": 0,
@@ -675,11 +676,19 @@ def test_slot_tells_nothing_of_who_had_it_before(kernel: Programs) -> None:
         "variant": 0,
         "family": 4,
         "question_ok": 1,
+        "balanced": 0,
+        "type": 1,
+        "weight": 0,
+        "pad": 0,
     }
     assert (record.flows, record.hops, record.query) == ([FLOW], [(INGRESS, 0, 0)], dns_query())
 
 
 # What is wanted.
+
+
+def _here() -> int:
+    return os.stat("/proc/self/ns/net").st_ino
 
 
 def test_query_of_another_process_is_counted_and_left_alone(kernel: Programs) -> None:
@@ -698,10 +707,10 @@ def test_query_of_another_process_is_counted_and_left_alone(kernel: Programs) ->
 
 
 def test_query_of_another_namespace_is_counted_and_left_alone(kernel: Programs) -> None:
-    kernel.session.select(Selection(netns=(NODE,)))
+    kernel.session.select(Selection(pods=True, netns={_here(): False}))
     ask(kernel)
     assert kernel.counted() == {Counter.FILTERED: 1}
-    kernel.session.select(Selection(netns=(NODE, os.stat("/proc/self/ns/net").st_ino)))
+    kernel.session.select(Selection(pods=True, netns={_here(): True}))
     ask(kernel)
     assert kernel.in_flight() == 1
 

@@ -117,9 +117,12 @@ class Nobody:
     def service(self, ip: str, port: int) -> None:
         del ip, port
 
-    def pod(self, ip: str) -> tuple[None, None]:
-        del ip
+    def server(self, cgroup_id: int, ip: str) -> tuple[None, None]:
+        del cgroup_id, ip
         return None, None
+
+    def role(self, ip: str) -> None:
+        del ip
 
     def place(self, netns: int, ifindex: int) -> tuple[None, None]:
         del netns, ifindex

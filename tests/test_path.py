@@ -13,7 +13,7 @@ from rich.cells import cell_len
 
 from tests.samples import COREDNS, HOPS, START_NS, WEB, transaction
 from tracer.show.path import PathView, render
-from tracer.transaction import Client, Hop, Lookup, Nat, Transaction
+from tracer.transaction import Backend, Client, Hop, Lookup, Nat, Transaction
 
 LOOKUP = Lookup(START_NS, WEB, "www.example.com", (), 1, 1, 0, 1, 0, "NOERROR", None, (1,))
 
@@ -56,6 +56,7 @@ def test_path_of_an_answered_query() -> None:
         "  7.4 ms   +36 µs            ╸ ← egress  vethe281cb12    worker3",
         "  7.4 ms  +2.0 µs            ╸ ← ingress eth0            default/my-…4d7fd-fd4jp",
         "  7.4 ms   +40 µs            ╸ ← receive -               default/my-…4d7fd-fd4jp",
+        "  answer: 93.184.216.34; TTL 30 s",
         "  NOERROR after 7.4 ms; 98 % of it (7.3 ms) between egress eth0 (worker3) and",
         "  ingress eth0 (worker3): the server kube-system/coredns-79c6f6447f-6f9xp",
         "  (10.244.0.3:53), and the way to it and back",
@@ -150,6 +151,10 @@ ENDS = {
             "(10.244.0.3:53) is unreachable, or nothing listens there",
         ],
     ),
+    "a refusal by the client's own namespace": (
+        unanswered("refused", QUERY, at(9, kind="drop", reason="NO_SOCKET"))._replace(backend=None),
+        ["dropped: NO_SOCKET", "no answer: nothing listens on 10.96.0.10:53"],
+    ),
     "a refusal, no hops seen": (
         unanswered("refused"),
         ["no answer: an ICMP error came back"],
@@ -190,6 +195,30 @@ def test_longest_gap_is_named(t: Transaction, blamed: str) -> None:
     shown = " ".join(render(t, 80).split())
     assert "NOERROR after 1.0 µs; 100 % of it (1.0 µs) between" in shown
     assert shown.endswith(blamed)
+
+
+@pytest.mark.parametrize(
+    ("backend", "named"),
+    [
+        (COREDNS, "kube-system/coredns-79c6f6447f-6f9xp (10.244.0.3:53)"),
+        (COREDNS._replace(namespace=None, pod=None), "10.244.0.3:53"),
+    ],
+    ids=["a pod", "an address"],
+)
+def test_time_between_the_servers_sockets_is_the_servers(backend: Backend, named: str) -> None:
+    inside = slow(at(0, HOPS[3], kind="receive"), at(0, HOPS[4], kind="send"))
+    shown = " ".join(render(inside._replace(backend=backend), 80).split())
+    assert shown.endswith(f"NOERROR after 1.0 µs; 100 % of it (1.0 µs) in the server {named}")
+
+
+def test_long_answer_takes_a_few_lines() -> None:
+    texts = tuple(f'"{letter * 250}" "{letter * 250}"' for letter in "abcdefgh")
+    shown = render(transaction(type_="TXT", data=texts), 80).splitlines()
+    begin = next(n for n, line in enumerate(shown) if line.startswith("  answer: "))
+    end = next(n for n, line in enumerate(shown) if line.startswith("  NOERROR "))
+    assert end - begin <= 5
+    said = " ".join(" ".join(shown[begin:end]).split())
+    assert said.endswith("… +265 bytes, +7 records; TTL 30 s")
 
 
 def test_client_is_named_as_well_as_it_is_known() -> None:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     import numpy as np
 
-SIZES = {"SLOTS": 8, "SMALL_PAGES": 1, "LARGE_PAGES": 2}
+SIZES = {"SLOTS": 8, "SMALL_PAGES": 1, "LARGE_PAGES": 2, "SEGMENT_PAGES": 1}
 HEADER_AND_NAME = 12 + 255 + 4
 
 DTYPES = {
@@ -27,32 +27,49 @@ DTYPES = {
     "struct transaction": record.TRANSACTION,
     "struct small_record": record.SMALL_RECORD,
     "struct large_record": record.LARGE_RECORD,
+    "struct segment": record.SEGMENT,
+    "struct segment_record": record.SEGMENT_RECORD,
+    "struct series_key": record.SERIES_KEY,
+    "struct series": record.SERIES,
+    "struct bucket_key": record.BUCKET_KEY,
 }
 # Those that go to and fro packed by `struct`: its format, and the C members in the same order.
 PACKED = {
     "struct index_key": (table._KEY, ("client_addr", "client_port", "dns_id", "variant")),
-    "struct settings": (session._SETTINGS, ("wanted", "pid", "paused")),
+    "struct settings": (
+        session._SETTINGS,
+        ("wanted", "pid", "paused", "slower_ns", "share", "notable_share"),
+    ),
 }
 ENUMS: dict[str, type[IntEnum]] = {
     "HOP": record.HopKind,
     "STATUS": record.Status,
     "COUNT": record.Counter,
     "WANT": record.Wanted,
+    "VERDICT": record.Verdict,
+    "STAGE": record.Stage,
+    "SERIES": record.SeriesKind,
+    "BACKEND": record.BackendKnown,
 }
 CONSTANTS = {
     "QUERY": 0,
     "RESPONSE": 1,
     "COUNTERS": len(record.Counter),
+    "STAGES": len(record.Stage),
     "MAX_HOPS": record.MAX_HOPS,
     "MAX_FLOWS": record.MAX_FLOWS,
     "QUERY_BYTES": record.QUERY_BYTES,
     "RESPONSE_SMALL": record.RESPONSE_SMALL,
     "RESPONSE_LARGE": record.RESPONSE_LARGE,
+    "SEGMENT_BYTES": record.SEGMENT_BYTES,
     "MARK_NETNS": programs._MARK_NETNS,
     "MARK_L2_HLEN": programs._MARK_L2_HLEN,
     "MARK_HOOK": programs._MARK_HOOK,
     "MARK_VERDICT": programs._MARK_VERDICT,
     "MARK_SKB_ARGUMENT": programs._MARK_SKB_ARGUMENT,
+    "MARK_READ_TASK": programs._MARK_READ_TASK,
+    "MARK_PULL": programs._MARK_PULL,
+    "MARK_UDP": programs._MARK_UDP,
 }
 
 

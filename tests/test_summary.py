@@ -64,8 +64,18 @@ def test_loss_is_said_in_words(loss: tuple[str, int], words: str) -> None:
 def test_unmatched_is_said_in_words() -> None:
     assert Summary().text(0, {}, {"responses": 1, "queries": 2}).splitlines()[1:] == [
         "1 response without a query: it was asked before the start, or never",
-        "2 queries still waiting at the end, and shown as timed out",
+        "2 queries still waiting at the end, and shown as unanswered",
     ]
+
+
+def test_names_that_may_be_missing_are_told_even_of_nothing() -> None:
+    why = "the API server has been unreachable for 9 s (refused): names may be out of date\x1b"
+    text = Summary().text(0, {**NOTHING, "filtered": 2}, MATCHED, why)
+    assert " ".join(text.split()) == (
+        "0 transactions in 0 ns 2 queries left out by the filters names: the API server has been"
+        " unreachable for 9 s (refused): names may be out of date\\x1b"
+    )
+    assert max(map(len, text.splitlines())) <= 80
 
 
 def test_lines_fit_80_columns() -> None:

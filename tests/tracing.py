@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import re
 import signal
@@ -109,11 +110,13 @@ class Exchange(NamedTuple):
 
 
 @contextmanager
-def capturing(lab: Lab, pod: str, tmp_path: Path) -> Iterator[Path]:
-    """tcpdump of port 53 on a pod's eth0, complete when the block ends."""
-    path = tmp_path / f"{pod.replace('/', '-')}.pcap"
-    argv = ["tcpdump", "-i", "eth0", "-w", str(path), "-U", "--immediate-mode", "-Z", "root",
-            "port", "53"]  # fmt: skip
+def capturing(
+    lab: Lab, pod: str, tmp_path: Path, port: int = 53, device: str = "eth0"
+) -> Iterator[Path]:
+    """tcpdump of a port on a pod's device, complete when the block ends; port 0: of all."""
+    path = tmp_path / f"{pod.replace('/', '-')}-{device}.pcap"
+    argv = ["tcpdump", "-i", device, "-w", str(path), "-U", "--immediate-mode", "-Z", "root",
+            "-B", "65536", *(["port", str(port)] if port else [])]  # fmt: skip
     tcpdump = lab.popen(pod, argv, stderr=subprocess.PIPE, text=True)
     assert tcpdump.stderr
     for line in tcpdump.stderr:
@@ -179,6 +182,70 @@ def _dns_message(frame: bytes) -> tuple[bytes, bytes, int, int, dns.message.Mess
     except dns.exception.DNSException:
         return None
     return (source, target, sport, dport, message) if message.question else None
+
+
+class TcpMessage(NamedTuple):
+    """One DNS message over TCP, as tcpdump saw it on one device."""
+
+    server: str
+    port: int  # of the client
+    id: int
+    name: str
+    is_response: bool
+    complete_s: float  # when the last of its bytes was there
+
+
+def tcp_messages(pcap: Path) -> list[TcpMessage]:
+    """The whole messages in a capture, put together byte by byte.
+
+    Where a connection's SYN is not in it, what is must begin with a message.
+    """
+    streams: dict[tuple[bytes, bytes, bytes, bool], dict[int, tuple[int, float]]] = {}
+    begins: dict[tuple[bytes, bytes, bytes, bool], int] = {}
+    for time_s, frame in packets(pcap):
+        ip = frame[14:]
+        if frame[12:14] == b"\x08\x00":
+            header, protocol, ip_len = (ip[0] & 15) * 4, ip[9], int.from_bytes(ip[2:4])
+            ends = ip[12:16], ip[16:20]
+        else:
+            header, protocol, ip_len = 40, ip[6], 40 + int.from_bytes(ip[4:6])
+            ends = ip[8:24], ip[24:40]
+        if protocol != socket.IPPROTO_TCP:
+            continue
+        tcp = ip[header:ip_len]
+        back = int.from_bytes(tcp[:2]) == 53
+        key = (ends[back], ends[not back], tcp[2 * back : 2 * back + 2], back)
+        seq = int.from_bytes(tcp[4:8])
+        if tcp[13] & 2:
+            begins[key] = seq + 1
+        stream = streams.setdefault(key, {})
+        data = tcp[(tcp[12] >> 4) * 4 :]
+        if data:
+            begins.setdefault(key, seq)
+        for number, byte in enumerate(data):
+            stream.setdefault((seq + number - begins[key]) % 2**32, (byte, time_s))
+    found = []
+    for (_, server, port, back), stream in streams.items():
+        at = 0
+        while at + 1 in stream:
+            span = range(at + 2, at + 2 + (stream[at][0] << 8 | stream[at + 1][0]))
+            if any(n not in stream for n in span):
+                break
+            message = dns.message.from_wire(
+                bytes(stream[n][0] for n in span), question_only=True, ignore_trailing=True
+            )
+            found.append(
+                TcpMessage(
+                    str(ipaddress.ip_address(server)),
+                    int.from_bytes(port),
+                    message.id,
+                    message.question[0].name.to_text(),
+                    back,
+                    max(stream[n][1] for n in (at, at + 1, *span)),
+                )
+            )
+            at = span.stop
+    return found
 
 
 def packets(pcap: Path) -> Iterator[tuple[float, bytes]]:

@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING
 from tests.guests.other_bcc import ROOTS, SUITES
 from tests.guests.table import Outcome, Table, readme_with, recorded, rows_of
 from tracer.kernel import kprobes
-from tracer.lab import coredns_build
+from tracer.lab import go_build
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -42,10 +42,11 @@ OUTPUT = PROJECT / "build" / "kernels"
 KERNELS = ("5.10.", "6.1.", "6.12.", "7.")
 # Two guests on two CPUs: while one waits for its disk or a time-out, the other runs.
 AT_A_TIME = 2
-GUEST_TIMEOUT_S = 900
+GUEST_TIMEOUT_S = 1500
 TESTS = (
     "tests/kernels/test_cases.py",
     "tests/test_packets.py",
+    "tests/test_latency.py",
     "tests/test_real_packets.py",
     "tests/test_clsact.py",
 )
@@ -89,7 +90,7 @@ def main() -> int:
     guests = [Kernel(fetched("fetch-kernel", series).strip(), series) for series in args.series]
     for suite in SUITES:
         fetched("fetch-root", suite, str(ROOTS / suite))
-    coredns_build.binary()  # a guest has no network to build it with
+    go_build.binary(go_build.COREDNS)  # a guest has no network to build it with
     # Once here, rather than at every start in a guest.
     for package in ("tracer", "tests"):
         compileall.compile_dir(PROJECT / package, quiet=1)

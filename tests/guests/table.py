@@ -38,6 +38,8 @@ _TITLES = {
         "filters by process where devices alone are watched: refused"
     ),
     "test_lockdown_confidentiality": "lockdown: said",
+    "test_counted_in_the_kernel": "continuous mode: counted in the kernel",
+    "test_latency": "what the kernel counts is what records say",
     "test_packets": "packets put into the programs",
     "test_real_packets": "large packets, fragments, conntrack's NAT",
     "test_clsact": "clsact filters of others stay",

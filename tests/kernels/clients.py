@@ -60,7 +60,8 @@ def questions(world: World) -> Check:
             )  # fmt: skip
             assert client["comm"] == "dig"
             assert (client["netns"], client["cgroup_id"]) == (pod.netns, pod.cgroup_id)
-            assert t["server"] == {"ip": SERVICE, "port": 53, "service": "kube-system/kube-dns"}
+            assert (t["server"]["ip"], t["server"]["port"]) == (SERVICE, 53)
+            assert t["server"]["service"] == "kube-system/kube-dns"
             assert t["backend"]["ip"] == backends[client["ip"], client["port"]]
             assert t["backend"]["pod"].startswith("coredns-")
             assert_times_add_up(t, latencies[t["id"]])

@@ -12,7 +12,7 @@ from tests.kernels import ask
 from tests.kernels.clients import SERVICE, answered_by
 from tests.kernels.world import Case, Check, NotOffered, Seen, World
 from tests.tracing import conntrack_backends
-from tracer.lab import coredns_build
+from tracer.lab import go_build
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -160,7 +160,7 @@ def node_local(world: World) -> Check:
             world.node("node1", f"iptables-nft -t raw -A {rule}")
         server = world.popen_on_node(
             "node1",
-            [str(coredns_build.binary()), "-conf", str(corefile)],
+            [str(go_build.binary(go_build.COREDNS)), "-conf", str(corefile)],
             stdout=subprocess.DEVNULL,
         )
         _wait_for(world, f"udp.*{NODE_LOCAL}:53")

@@ -14,11 +14,13 @@ import statistics
 import subprocess
 import sys
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from tests.counting import running
 from tests.kernels import clients, losses, messages, services
 from tests.kernels.clients import epoch_ns
 from tests.kernels.test_degrade import NO_CGROUP2, doctor, hidden
@@ -221,6 +223,31 @@ def test_devices_by_clsact(run: Run) -> None:
         pytest.skip("not offered by this kernel: one tracer only, and that has TCX")
     names = [line for line in run.filters["tracepoint"].splitlines() if "dnstrace-" in line]
     assert len(names) >= 2
+
+
+@pytest.mark.parametrize("hooks", HOOK_SETS)
+def test_counted_in_the_kernel(run: Run, hooks: str) -> None:
+    """Continuous mode counts each query once, with the stages that this set of hooks sees."""
+    offered(run, hooks)
+    world = run.world
+    with running("--pods", str(world.lab.pods_file), "-n", "sre", "--hooks", hooks) as counting:
+        for number in range(6):
+            world.dig("sre/web-0", f"c{number}.bench.example.com.")
+        counting.wait_for(6)
+        found = counting.scrape()
+        ended = counting.stop()
+    assert ended["transactions"] == 6
+    assert not [name for name in ended if name.startswith("lost")]
+    counted = found["dnstrace_transactions_total"]
+    assert sum(n for k, n in counted if k["pod"] == "web-0") == 6
+    assert {k["backend"].split("/")[0] for k, _ in counted} == {"kube-system"}
+    stages: Counter[str] = Counter()
+    for labels, amount in found["dnstrace_stage_seconds_count"]:
+        stages[labels["stage"]] += int(amount)
+    # By the cgroup hooks, a send may come so late that no time passes before the device.
+    assert 0 < stages.pop("application_send") <= 6
+    for stage in ("node", "server_queue", "server", "return", "wake_up"):
+        assert stages[stage] == 6, stages
 
 
 def test_no_filters_left(run: Run) -> None:

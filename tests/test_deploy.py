@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is deployed: the manifests by the real API server, the unit by systemd, and that the
+capabilities which they give are enough, and none too many."""
+
+from __future__ import annotations
+
+import configparser
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import yaml
+
+from tests.api_server import ApiServer
+from tests.asking import dig
+from tests.counting import running
+from tracer import arguments
+from tracer.kernel.host import CAPABILITIES
+from tracer.lab import Lab
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+DEPLOY = Path(__file__).parent.parent / "deploy"
+_PATHS = {
+    "ServiceAccount": "/api/v1/namespaces/kube-system/serviceaccounts",
+    "ClusterRole": "/apis/rbac.authorization.k8s.io/v1/clusterroles",
+    "ClusterRoleBinding": "/apis/rbac.authorization.k8s.io/v1/clusterrolebindings",
+    "DaemonSet": "/apis/apps/v1/namespaces/kube-system/daemonsets",
+}
+
+
+def manifests() -> list[dict[str, Any]]:
+    return [
+        each
+        for name in ("rbac.yaml", "daemonset.yaml")
+        for each in yaml.safe_load_all((DEPLOY / name).read_text())
+    ]
+
+
+def container() -> dict[str, Any]:
+    (daemon_set,) = [each for each in manifests() if each["kind"] == "DaemonSet"]
+    found: dict[str, Any] = daemon_set["spec"]["template"]["spec"]["containers"][0]
+    return found
+
+
+def unit() -> configparser.SectionProxy:
+    parser = configparser.ConfigParser(strict=False, interpolation=None)
+    parser.optionxform = str  # type: ignore[assignment, method-assign]
+    parser.read(DEPLOY / "dnstrace.service")
+    return parser["Service"]
+
+
+def capabilities(where: str) -> set[str]:
+    if where == "unit":
+        return set(unit()["CapabilityBoundingSet"].split())
+    return {f"CAP_{name}" for name in container()["securityContext"]["capabilities"]["add"]}
+
+
+@pytest.fixture(scope="module")
+def server(root: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ApiServer]:
+    del root
+    server = ApiServer(tmp_path_factory.mktemp("api"))
+    server.start()
+    yield server
+    server.stop()
+
+
+def test_api_server_takes_the_manifests_as_they_are(server: ApiServer) -> None:
+    for each in manifests():
+        path = f"{_PATHS[each['kind']]}?dryRun=All&fieldValidation=Strict"
+        made = server.create(path, each)
+        assert made["metadata"]["name"] == "dnstrace"
+
+
+def test_systemd_takes_the_unit(tmp_path: Path) -> None:
+    text = (DEPLOY / "dnstrace.service").read_text()
+    copy = tmp_path / "dnstrace.service"
+    copy.write_text(text.replace("/usr/local/bin/dnstrace", sys.executable))
+    done = subprocess.run(
+        ["systemd-analyze", "verify", "--man=no", str(copy)],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("where", ["unit", "manifest"])
+def test_arguments_are_ones_that_there_are(where: str) -> None:
+    if where == "unit":
+        argv = unit()["ExecStart"].split()[1:]
+    else:
+        argv = [text.replace("$(HOST_IP)", "192.0.2.1") for text in container()["args"]]
+    assert arguments.parse(argv).command == "continuous"
+
+
+@pytest.mark.parametrize("where", ["unit", "manifest"])
+def test_capabilities_are_those_that_are_known_to_be_needed(where: str) -> None:
+    assert capabilities(where) == set(CAPABILITIES)
+
+
+def test_with_these_capabilities_all_is_traced(root: None, tmp_path: Path) -> None:
+    del root
+    lab = Lab()
+    lab.up()
+    names = sorted(capabilities("unit"))
+    bounding = ",".join(["-all", *(f"+{name.removeprefix('CAP_').lower()}" for name in names)])
+    confined = ["setpriv", f"--bounding-set={bounding}", "--no-new-privs"]
+    record = tmp_path / "rec"
+    with running("--pods", str(lab.pods_file), "--record", str(record), command=confined) as run:
+        status = Path(f"/proc/{run.process.pid}/status").read_text()
+        held = re.search(r"^CapEff:\s*(\w+)", status, re.MULTILINE)
+        assert held
+        assert int(held[1], 16) == sum(1 << CAPABILITIES[name].bit for name in names)
+        dig(lab, "sre/web-0", "www.example.com")
+        dig(lab, "sre/worker-0", "www.example.com")
+        run.wait_for(2)
+        time.sleep(1)
+        found = run.scrape()
+        run.stop()
+    lab.down()
+    pods = {k["pod"] for k, _ in found["dnstrace_transactions_total"]}
+    assert pods >= {"web-0", "worker-0"}
+    stages = {k["stage"] for k, _ in found["dnstrace_stage_seconds_count"] if k["pod"] == "web-0"}
+    assert {"application_send", "node", "server", "wake_up"} <= stages
+    assert list(record.glob("histograms-*.parquet"))

@@ -1,0 +1,277 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reports, against what is known of the transactions that were recorded."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import subprocess
+import sys
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+from rich.cells import cell_len
+
+from tests.recordings import START_NS, Made, record
+from tests.test_recorder import HOSTILE
+from tracer.filters import Filters
+from tracer.report.export import to_json
+from tracer.report.figures import SHARES
+from tracer.report.recordings import RecordingError
+from tracer.report.report import make
+from tracer.report.text import render
+from tracer.report.where import NotRecorded
+from tracer.stages import ERROR, STAGE_NAMES
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+DICE = random.Random(11)  # noqa: S311 - no secret
+MANY = [
+    Made(
+        time_ns=START_NS + DICE.randrange(8 * 10**9),
+        latency_ns=round(DICE.lognormvariate(13, 1.2)),
+        name=f"n{DICE.randrange(6)}.example.com.",
+        pod=DICE.choice(["web-0", "web-1", "api-0"]),
+        namespace=DICE.choice(["sre", "default"]),
+        backend=DICE.choice(["coredns-1", "coredns-2"]),
+        type=DICE.choice(["A", "AAAA"]),
+        rcode=DICE.choice(["NOERROR", "NOERROR", "NXDOMAIN", "SERVFAIL"]),
+        comm=DICE.choice(["dig", "nginx"]),
+    )
+    for _ in range(3000)
+]
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("many")
+    record(directory, MANY)
+    return directory
+
+
+def exact(values: list[int], share: float) -> int:
+    return sorted(values)[max(1, math.ceil(share * len(values) - 1e-9)) - 1]
+
+
+def check_times(times: Any, values: list[int]) -> None:
+    assert times.count == len(values)
+    assert times.sum_ns == sum(values)
+    assert times.max_ns == max(values)
+    for share, found in zip(SHARES, times.quantiles, strict=True):
+        if found is None:
+            assert len(values) < {0.99: 100, 0.999: 1000}[share]
+            continue
+        true = exact(values, share)
+        assert abs(found - true) <= math.ceil(true * ERROR), share
+
+
+def latencies(made: list[Made]) -> list[int]:
+    return [one.latency_ns for one in made if one.latency_ns is not None]
+
+
+def test_percentiles_are_the_exact_ones_within_the_error(many: Path) -> None:
+    report = make([many], Filters())
+    assert report.counted
+    assert report.transactions == len(MANY) == sum(report.statuses.values())
+    check_times(report.total, latencies(MANY))
+    assert list(report.stages) == [name for name in STAGE_NAMES if name in report.stages]
+    for name, times in report.stages.items():
+        check_times(times, [one.stages()[name] for one in MANY if one.stages()[name]])
+    assert sum(times.sum_ns for times in report.stages.values()) == report.total.sum_ns
+
+
+@pytest.mark.parametrize("by", ["pod", "backend", "server", "type", "rcode", "name"])
+def test_groups_are_what_they_are_called(many: Path, by: str) -> None:
+    keys: dict[str, Callable[[Made], str | None]] = {
+        "pod": lambda one: f"{one.namespace}/{one.pod}",
+        "backend": lambda one: f"kube-system/{one.backend}",
+        "server": lambda _: "kube-system/kube-dns",
+        "type": lambda one: one.type,
+        "rcode": lambda one: one.rcode,
+        "name": lambda one: one.name,
+    }
+    key = keys[by]
+    report = make([many], Filters())
+    groups = {group.name: group for group in report.by[by]}
+    assert set(groups) == {key(one) for one in MANY}
+    for name, group in groups.items():
+        members = [one for one in MANY if key(one) == name]
+        assert group.count == len(members)
+        assert group.failed == sum(one.rcode == "SERVFAIL" for one in members)
+        check_times(group.times, latencies(members))
+
+
+FILTERS = {
+    "namespace": (Filters(namespaces=("sre",)), lambda one: one.namespace == "sre"),
+    "pod": (Filters(pods=("web-*",)), lambda one: one.pod.startswith("web-")),
+    "namespace and pod": (
+        Filters(pods=("default/web-0", "api-*")),
+        lambda one: (one.namespace, one.pod) == ("default", "web-0") or one.pod == "api-0",
+    ),
+    "type": (Filters(type="aaaa"), lambda one: one.type == "AAAA"),
+    "rcode": (Filters(rcode="servfail"), lambda one: one.rcode == "SERVFAIL"),
+    "failed": (Filters(failed=True), lambda one: one.rcode != "NOERROR"),
+    "backend": (Filters(backend="coredns-1"), lambda one: one.backend == "coredns-1"),
+    "backend's address": (Filters(backend="10.244.2.2"), lambda _: True),
+    "server": (Filters(server="10.96.0.11"), lambda _: False),
+    "side": (Filters(pods=("coredns-2",), side="server"), lambda one: one.backend == "coredns-2"),
+    "name": (Filters(name="N3.example.com"), lambda one: one.name == "n3.example.com."),
+    "comm": (Filters(comm="ngin?"), lambda one: one.comm == "nginx"),
+    "pid": (Filters(pid=9), lambda _: True),
+    "slower": (Filters(slower="1ms"), lambda one: one.latency_ns >= 10**6),
+    "two": (Filters(name="n*", type="A"), lambda one: one.type == "A"),
+}
+
+
+@pytest.mark.parametrize(("filters", "wanted"), FILTERS.values(), ids=FILTERS)
+def test_filters_keep_just_what_they_ask_for(many: Path, filters: Filters, wanted: Any) -> None:
+    report = make([many], filters)
+    left = [one for one in MANY if wanted(one)]
+    assert report.transactions == len(left)
+    of_transactions = (filters.name, filters.comm, filters.pid, filters.slower)
+    assert report.counted == all(value is None for value in of_transactions)
+    if left:
+        check_times(report.total, latencies(left))
+        for name, times in report.stages.items():
+            check_times(times, [one.stages()[name] for one in left if one.stages()[name]])
+    else:
+        assert report.stages == {}
+        assert "0 transactions" in render(report)
+
+
+def test_sample_is_scaled_up_and_called_an_estimate(tmp_path: Path) -> None:
+    record(tmp_path, MANY, every=10)
+    report = make([tmp_path], Filters(name="*"))
+    assert not report.counted
+    assert report.transactions == len(MANY)
+    assert "about 3,000 transactions" in render(report)
+    assert make([tmp_path], Filters()).counted
+
+
+def test_few_values_have_no_high_percentiles(tmp_path: Path) -> None:
+    record(tmp_path, [Made(latency_ns=1000 + n) for n in range(99)])
+    report = make([tmp_path], Filters())
+    assert [quantile is None for quantile in report.total.quantiles] == [False, False, True, True]
+
+
+def test_nodes_are_reported_together(tmp_path: Path) -> None:
+    for node in ("node-1", "node-2"):
+        record(tmp_path / node, MANY[:100], node=node)
+    report = make([tmp_path / "node-1", tmp_path / "node-2"], Filters())
+    assert report.nodes == ["node-1", "node-2"]
+    assert report.transactions == 200
+    twice = make([tmp_path / "node-1", *(tmp_path / "node-1").glob("*.parquet")], Filters())
+    assert twice.transactions == 100
+
+
+def test_failures_and_the_slowest_are_shown_with_their_ways(tmp_path: Path) -> None:
+    made = [
+        *[Made(status="dropped", latency_ns=None, rcode=None, reason="NETFILTER_DROP")] * 3,
+        Made(status="timeout", latency_ns=None, rcode=None, name="lost.example.com."),
+        Made(rcode="SERVFAIL", latency_ns=5_000_000),
+        *(Made(latency_ns=10_000_000 * n) for n in range(1, 20)),
+    ]
+    record(tmp_path, made)
+    report = make([tmp_path], Filters())
+    found = [(f.count, f.status, f.rcode, f.reason, f.question) for f in report.failures]
+    assert found == [
+        (3, "dropped", None, "NETFILTER_DROP", "www.example.com."),
+        (1, "timeout", None, None, "lost.example.com."),
+        (1, "answered", "SERVFAIL", None, "www.example.com."),
+    ]
+    assert [one["latency_ns"] for one in report.slowest] == [
+        10_000_000 * n for n in range(19, 9, -1)
+    ]
+    assert report.slowest[0]["hops"]
+    assert report.statuses == {"answered": 20, "dropped": 3, "timeout": 1}
+
+
+def test_what_is_missing_is_said(tmp_path: Path) -> None:
+    record(tmp_path / "a", [Made()], lost={"ring_full": 3}, skipped=4, problem="the API is away")
+    record(tmp_path / "a", [Made(time_ns=START_NS + 60 * 10**9)])
+    whole = next((tmp_path / "a").glob("transactions-*.parquet"))
+    (tmp_path / "a" / "transactions-cut.parquet").write_bytes(whole.read_bytes()[:200])
+    (tmp_path / "a" / "transactions-none.parquet").write_bytes(b"")
+    (tmp_path / "a" / "histograms-junk.parquet").write_bytes(b"PAR1" + bytes(100) + b"PAR1")
+    report = make([tmp_path / "a"], Filters())
+    coverage = report.coverage
+    assert (coverage.lost, coverage.skipped) == ({"ring_full": 3}, 4)
+    assert len(coverage.unreadable) == 3
+    assert [node for node, _, _ in coverage.gaps] == ["node-1"]
+    text = render(report)
+    for words in ("ring full", "not read", "nothing was recorded on node-1", "the API is away"):
+        assert words in text
+    assert "nothing is known to be missing" not in text
+
+
+@pytest.mark.parametrize("what", ["nowhere", "empty", "junk", "other"])
+def test_nothing_to_report_on_is_said(tmp_path: Path, what: str) -> None:
+    path = tmp_path / what
+    if what == "empty":
+        path.mkdir()
+    elif what == "junk":
+        path.write_bytes(b"PAR1 is not enough")
+    elif what == "other":
+        import duckdb
+
+        with duckdb.connect() as database:
+            database.execute(f"COPY (SELECT 1 AS a) TO '{path}' (FORMAT parquet)")
+    with pytest.raises(RecordingError, match=what):
+        make([path], Filters())
+
+
+def test_labels_are_not_in_recordings(many: Path) -> None:
+    with pytest.raises(NotRecorded, match="live windows alone"):
+        make([many], Filters(selector="app=web"))
+
+
+def test_hostile_names_are_shown_harmlessly(tmp_path: Path) -> None:
+    record(tmp_path, [Made(name=text, pod=text, comm=text, backend=text) for text in HOSTILE])
+    report = make([tmp_path], Filters())
+    text = render(report)
+    assert all(line.isprintable() for line in text.splitlines())
+    assert "[bold]markup[/]" in text
+    json.loads(json.dumps(to_json(report), default=str))
+    assert len(report.by["name"]) == len(HOSTILE)
+
+
+def test_report_fits_into_80_columns(many: Path) -> None:
+    for line in render(make([many], Filters())).splitlines():
+        assert cell_len(line) <= 80, line
+
+
+def test_command_line_says_all_three_ways(many: Path, tmp_path: Path) -> None:
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        argv = [sys.executable, "-m", "tracer", "report", *arguments]
+        return subprocess.run(argv, capture_output=True, text=True, check=False)
+
+    text = run(str(many))
+    assert (text.returncode, text.stderr) == (0, "")
+    assert "3,000 transactions" in text.stdout
+    said = json.loads(run(str(many), "--json", "-n", "sre").stdout)
+    assert said["event"] == "report"
+    assert said["transactions"] == sum(one.namespace == "sre" for one in MANY)
+    assert said["latency"]["p99_ns"] == pytest.approx(
+        exact(latencies([one for one in MANY if one.namespace == "sre"]), 0.99), rel=ERROR
+    )
+    page = tmp_path / "page.html"
+    done = run(str(many), "--html", str(page))
+    assert (done.returncode, done.stdout) == (0, "")
+    assert page.read_text().startswith("<!doctype html>")
+    nowhere = run(str(tmp_path / "nowhere"))
+    assert (nowhere.returncode, nowhere.stdout) == (1, "")
+    assert "No such file" in nowhere.stderr
+    assert run(str(many), "--type", "NOSUCH").returncode == 2
+    assert run(str(many), "--html", "/nowhere/page.html").returncode == 1
+    assert run(str(many), "-l", "app=web").returncode == 2
+
+
+def test_heat_map_has_every_transaction(many: Path) -> None:
+    heat = make([many], Filters()).heat
+    assert np.array(heat.counts).sum() == len(MANY)
+    assert len(heat.starts) == len(heat.counts)
+    assert all(len(column) == len(heat.octaves) for column in heat.counts)
