@@ -55,6 +55,10 @@ class Tracer:
         self.process.stderr.close()
         raise AssertionError(f"dnstrace did not start: {''.join(self._errors)}")
 
+    def so_far(self) -> str:
+        """What it has written by now."""
+        return self._path.read_text()
+
     def stop(self, timeout_s: float = 30.0) -> Trace:
         """Ends it as Ctrl-C does, and returns what it said."""
         self.process.send_signal(signal.SIGINT)
