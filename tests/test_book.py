@@ -34,17 +34,20 @@ class Names:
 
     def __init__(self) -> None:
         self.named: dict[int, tuple[str, str, str, str]] = {CGROUP: ("sre", "web-0", "app", "n1")}
+        self.services = {("10.96.0.10", 53): "kube-system/kube-dns"}
+        self.servers = {"10.244.2.2": ("kube-system", "coredns-1")}
+        self.version = 0
 
     def client(self, cgroup_id: int, netns: int, ip: str) -> tuple[str | None, ...]:
         del netns, ip
         return self.named.get(cgroup_id, (None, None, None, None))
 
     def service(self, ip: str, port: int) -> str | None:
-        return "kube-system/kube-dns" if (ip, port) == ("10.96.0.10", 53) else None
+        return self.services.get((ip, port))
 
     def server(self, cgroup_id: int, ip: str) -> tuple[str | None, str | None]:
         del cgroup_id
-        return ("kube-system", "coredns-1") if ip == "10.244.2.2" else (None, None)
+        return self.servers.get(ip, (None, None))
 
     def role(self, ip: str) -> str | None:
         return "cluster" if ip == "10.96.0.10" else None
@@ -100,7 +103,8 @@ def kernel() -> Kernel:
 
 def book(settled: bool = True) -> tuple[Book, Names]:
     names = Names()
-    return Book(names, lambda cgroup_id: settled or cgroup_id in names.named), names  # type: ignore[arg-type]
+    is_settled = lambda cgroup_id: settled or cgroup_id in names.named  # noqa: E731
+    return Book(names, is_settled, lambda: names.version), names  # type: ignore[arg-type]
 
 
 def test_each_reading_gives_what_has_come_since_the_one_before(kernel: Kernel) -> None:
@@ -184,6 +188,41 @@ def test_name_stays_when_the_pod_has_gone(kernel: Kernel) -> None:
     kernel.count(5, 10, 10)
     ((labels, _),) = reader.take(kernel.read())
     assert labels.pod == "web-0"
+
+
+def test_server_that_is_another_one_by_now_is_called_so(kernel: Kernel) -> None:
+    """A DNS pod was made again at the same address; its service's name came late."""
+    reader, names = book()
+    names.services.clear()
+    kernel.begin(5)
+    told = []
+    for version, (service, server) in enumerate(
+        [(None, "coredns-1"), ("kube-system/kube-dns", "coredns-2"), (None, None)]
+    ):
+        names.version = version
+        names.services = {("10.96.0.10", 53): service} if service else {}
+        names.servers = {"10.244.2.2": ("kube-system", server)} if server else {}
+        kernel.count(5, 10, 10)
+        ((labels, entry),) = reader.take(kernel.read())
+        told.append((labels.pod, labels.service, labels.backend_pod, entry.count))
+    dns = "kube-system/kube-dns"
+    assert told == [
+        ("web-0", None, "coredns-1", 1),
+        ("web-0", dns, "coredns-2", 1),
+        ("web-0", dns, "coredns-2", 1),  # of what has gone, the last that was known
+    ]
+
+
+def test_what_waits_for_its_name_is_told(kernel: Kernel) -> None:
+    """Whoever makes room in the tables has to spare it."""
+    reader, names = book(settled=False)
+    names.named.clear()
+    kernel.begin(5)
+    kernel.count(5, 10, 10)
+    assert list(reader.take(kernel.read())) == []
+    assert reader.waiting() == {5}
+    list(reader.take(kernel.read(), last=True))
+    assert reader.waiting() == set()
 
 
 def test_series_begun_anew_under_the_same_key_is_another_one(kernel: Kernel) -> None:

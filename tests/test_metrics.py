@@ -13,7 +13,7 @@ import subprocess
 import time
 import urllib.parse
 import urllib.request
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -183,6 +183,29 @@ def test_health_and_readiness() -> None:
         assert "no reading for" in get(port, "/healthz")[1]
         assert get(port, "/nothing")[0] == 404
         assert get(port, "/metrics", "HEAD")[0] == 405
+
+
+def test_long_interval_is_no_illness() -> None:
+    made = metrics.Figures(stale_s=180.0)
+    made.tell(HEALTH, is_ready=True)
+    made._alive_s -= 120
+    assert made.problem() is None
+    made._alive_s -= 120
+    assert made.problem() is not None
+
+
+def test_probe_is_answered_however_many_take_their_time() -> None:
+    with served(figures()) as port:
+        for _ in range(3):
+            slow = [socket.create_connection(("127.0.0.1", port)) for _ in range(40)]
+            for peer in slow:
+                with suppress(OSError):  # the oldest are cut off by the youngest
+                    peer.sendall(b"GET /healthz HTTP/1.1\r\nX: ")
+            began = time.monotonic()
+            assert get(port, "/healthz") == (200, "ok\n")
+            assert time.monotonic() - began < 5
+            for peer in slow:
+                peer.close()
 
 
 def test_clients_that_misbehave_hold_up_nobody() -> None:

@@ -17,7 +17,7 @@ import pytest
 from tracer.continuous.recorder import Recorder, RecorderError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
 HOSTILE = [
@@ -202,3 +202,65 @@ def test_full_disk_stops_recording_and_nothing_else(
     assert told[-1] is None
     one.close()
     assert len(rows(small_disk)) >= 1
+
+
+def look_until(one: Recorder, is_so: Callable[[], bool]) -> None:
+    deadline_s = time.monotonic() + 30
+    while not is_so():
+        assert time.monotonic() < deadline_s
+        one.look()
+        time.sleep(0.05)
+
+
+def test_failed_conversion_is_tried_again_and_costs_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str | None] = []
+    one = recorder(tmp_path, told=told)
+    one.write("transactions", [transaction(1)])
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    one.rotate()
+    one.write("transactions", [transaction(2)])
+    look_until(one, lambda: bool(told))
+    assert told[0] is not None
+    assert "tried again later" in told[0]
+    monkeypatch.undo()
+    one._convert_s = 0.0  # a minute later
+    one.write("transactions", [transaction(3)])
+    look_until(one, lambda: one.problem is None)
+    one.close()
+    assert sorted(rows(tmp_path, what="id")) == [(1,), (2,), (3,)]
+    assert (one.rows, one.given_up) == (3, 0)
+
+
+def test_what_is_given_up_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tracer.continuous.recorder._RETRY_S", 0.0)
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    one = recorder(tmp_path)
+    one.write("transactions", [transaction(1), transaction(2)])
+    one.rotate()
+    one.write("transactions", [transaction(3)])
+    look_until(one, lambda: one.given_up > 0)
+    monkeypatch.undo()
+    one.close()
+    assert one.given_up == 2
+    assert rows(tmp_path, what="id") == [(3,)]
+
+
+def test_directory_that_goes_away_is_told_and_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tracer.continuous.recorder._RETRY_S", 0.0)
+    told: list[str | None] = []
+    one = recorder(tmp_path / "gone", told=told)
+    one.write("transactions", [transaction(1)])
+    shutil.rmtree(tmp_path / "gone")
+    one.rotate()
+    deadline_s = time.monotonic() + 30
+    while one.given_up < 2 and time.monotonic() < deadline_s:
+        one.write("transactions", [transaction(2)])
+        one.look()
+        time.sleep(0.1)
+    one.close()
+    assert one.given_up >= 2
+    assert told[0] is not None

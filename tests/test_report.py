@@ -10,6 +10,7 @@ import subprocess
 import sys
 from typing import TYPE_CHECKING, Any
 
+import duckdb
 import numpy as np
 import pytest
 from rich.cells import cell_len
@@ -20,7 +21,7 @@ from tracer.filters import Filters
 from tracer.report.export import to_json
 from tracer.report.figures import SHARES
 from tracer.report.recordings import RecordingError
-from tracer.report.report import make
+from tracer.report.report import HEAT_COLUMNS, make
 from tracer.report.text import render
 from tracer.report.where import NotRecorded
 from tracer.stages import ERROR, STAGE_NAMES
@@ -275,3 +276,49 @@ def test_heat_map_has_every_transaction(many: Path) -> None:
     assert np.array(heat.counts).sum() == len(MANY)
     assert len(heat.starts) == len(heat.counts)
     assert all(len(column) == len(heat.octaves) for column in heat.counts)
+
+
+def test_heat_map_is_bounded_wherever_histograms_lie(tmp_path: Path) -> None:
+    """A coverage file was removed, and a clock was wrong for a while."""
+    record(tmp_path / "now", [Made(latency_ns=1000 + n) for n in range(10)])
+    long_ago = START_NS - 10**9 * 86_400 * 3650
+    record(tmp_path / "then", [Made(time_ns=long_ago, latency_ns=1000)])
+    for path in (tmp_path / "then").glob("[ct]*.parquet"):
+        path.unlink()
+    heat = make([tmp_path / "now", tmp_path / "then"], Filters()).heat
+    assert len(heat.starts) <= HEAT_COLUMNS + 1
+    assert np.array(heat.counts).sum() == 11
+
+
+def test_latency_of_a_minute_is_in_a_sample_too(tmp_path: Path) -> None:
+    """Without histograms, quantiles are made of what was kept; 2^36 ns are 68.7 s."""
+    record(tmp_path, [Made(latency_ns=1 << 36)])
+    for path in tmp_path.glob("histograms-*.parquet"):
+        path.unlink()
+    report = make([tmp_path], Filters())
+    assert report.total.quantiles[0] == 1 << 36
+
+
+def test_damaged_file_costs_itself_alone(tmp_path: Path, many: Path) -> None:
+    record(tmp_path, [Made(latency_ns=1000 + n) for n in range(10)], node="other")
+    (file,) = tmp_path.glob("histograms-*.parquet")
+    content = bytearray(file.read_bytes())
+    content[4 : len(content) // 2] = b"\xff" * (len(content) // 2 - 4)
+    file.write_bytes(content)
+    report = make([many, tmp_path], Filters())
+    assert report.transactions == len(MANY)
+    assert [path for path, _ in report.coverage.unreadable] == [str(file)]
+
+
+def test_columns_of_other_types_are_no_recording(tmp_path: Path, many: Path) -> None:
+    (file,) = many.glob("coverage-*.parquet")
+    other = tmp_path / "coverage-other.parquet"
+    with duckdb.connect() as database:
+        database.execute(
+            f"COPY (SELECT * REPLACE ('many' AS recorded) FROM '{file}') TO '{other}' (FORMAT parquet)"
+        )
+    report = make([many, tmp_path], Filters())
+    assert report.transactions == len(MANY)
+    ((path, why),) = report.coverage.unreadable
+    assert path == str(other)
+    assert "recorded is of another type" in why

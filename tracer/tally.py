@@ -29,7 +29,7 @@ from tracer.slots import backends, no_socket, statuses
 from tracer.stages import buckets_of, stage_times
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping
 
     from numpy.typing import NDArray
 
@@ -101,9 +101,13 @@ class Tally:
                 at += 1
         return Counted(np.frombuffer(b"".join(self._all), SERIES_KEY), series, buckets, counts)
 
-    def forget(self, before_ns: int) -> set[int]:
-        """Makes room: drops series that nothing was added to since; their ids."""
-        gone = {key: one.id for key, one in self._all.items() if one.last_ns < before_ns}
+    def forget(self, before_ns: int, spare: Collection[int] = ()) -> set[int]:
+        """Makes room: drops series that nothing was added to since, but for `spare`; their ids."""
+        gone = {
+            key: one.id
+            for key, one in self._all.items()
+            if one.last_ns < before_ns and one.id not in spare
+        }
         for key in gone:
             del self._all[key]
         return set(gone.values())

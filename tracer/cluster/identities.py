@@ -85,6 +85,7 @@ class Identities:
         self._node_names: dict[int, str] = {}
         self._gone_containers: dict[str, tuple[float, tuple[Pod, str]]] = {}
         self._container_of_id: dict[str, tuple[Pod, str]] = {}
+        self.version = 0  # of the inventory
         self.inventory: Inventory
         self.learn(inventory)
 
@@ -92,6 +93,7 @@ class Identities:
         """Takes what is known now for what was; of pods that have gone, only who they were."""
         self._remember_gone(inventory)
         self.inventory = inventory
+        self.version += 1
         own = [pod for pod in inventory.pods if not pod.host_network]
         self._pod_of_netns = _unambiguous((pod.netns, pod) for pod in own if pod.netns)
         self._node_of_netns = {node.netns: node.name for node in inventory.nodes if node.netns}

@@ -276,6 +276,7 @@ class Reflector(Generic[T]):
             self.condition.synced = True
             self._version = version if isinstance(version, str) and version else None
             self.condition.lists += 1
+            self._relist = False
             if differs:
                 self.changed()
         if self._version is None:

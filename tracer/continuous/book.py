@@ -2,7 +2,8 @@
 """The books: what was counted since the start, and in the last interval, by name.
 
 The kernel, and we ourselves for what it does not end, count by numbers and since the start. Here
-they become names, once, when they are first seen: a pod that has gone keeps its own.
+they become names when they are first seen, and anew when the cluster has changed: a pod that has gone
+keeps its own.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tracer.continuous.labels import Labels, labels_of
+from tracer.continuous.labels import Labels, labels_of, renewed
 from tracer.record import Stage
 
 if TYPE_CHECKING:
@@ -73,6 +74,7 @@ class _Known:
     count: int = 0
     sums: list[int] = field(default_factory=lambda: [0] * len(Stage))
     labels: Labels | None = None
+    version: int = 0  # of the inventory that the labels are from
     unnamed: Entry | None = None  # what waits for the name
     readings: int = 0
 
@@ -80,12 +82,16 @@ class _Known:
 class Book:
     """One source's series; `take` its own readings only, and in order.
 
-    `is_settled(cgroup id)` says whether it will not become known any better who that is.
+    `is_settled(cgroup id)` says whether it will not become known any better who that is;
+    `version()` is another one whenever services and pods may have other names.
     """
 
-    def __init__(self, names: Names, is_settled: Callable[[int], bool]) -> None:
+    def __init__(
+        self, names: Names, is_settled: Callable[[int], bool], version: Callable[[], int]
+    ) -> None:
         self._names = names
         self._is_settled = is_settled
+        self._version = version
         self._known: dict[int, _Known] = {}
         self._marks = np.zeros(0, np.uint64)  # of the buckets of the last reading, in order
         self._counts = np.zeros(0, np.uint64)
@@ -128,10 +134,18 @@ class Book:
                 known.unnamed.add(entry)
                 return
             known.labels = labels_of(key, self._names)
+            known.version = self._version()
+        elif known.version != self._version():
+            known.labels = renewed(known.labels, labels_of(key, self._names))
+            known.version = self._version()
         if known.unnamed is not None:
             entry.add(known.unnamed)
             known.unnamed = None
         yield known.labels, entry
+
+    def waiting(self) -> set[int]:
+        """The series that are held back for want of a name."""
+        return {number for number, known in self._known.items() if known.unnamed is not None}
 
     def forget(self, gone: set[int]) -> None:
         """These series are no more."""

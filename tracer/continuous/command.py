@@ -10,7 +10,7 @@ from tracer.continuous import memory
 from tracer.continuous.budget import Budget
 from tracer.continuous.log import log
 from tracer.continuous.loop import Continuous, cpu_s
-from tracer.continuous.metrics import Figures, Server
+from tracer.continuous.metrics import STALE_S, Figures, Server
 from tracer.continuous.recorder import Recorder
 from tracer.kernel.session import Keeping
 from tracer.transaction import Backend as TransactionBackend
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 _WINDOW_INTERVAL_S = 1.0
 _NO_BUDGET = 1e9
+_MISSED = 3  # intervals without a reading, and we are not well
 
 
 class CannotServe(Exception):
@@ -52,7 +53,7 @@ class Surroundings:
 def run(args: argparse.Namespace, around: Surroundings) -> None:
     """Until stopped. Raises CannotServe and RecorderError before anything is counted."""
     memory.share_one_arena()
-    figures = Figures()
+    figures = Figures(max(STALE_S, _MISSED * args.interval / 1e9))
     recorder = None
     server = None
     try:

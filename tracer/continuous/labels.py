@@ -82,6 +82,24 @@ def labels_of(key: np.void, names: Names) -> Labels:
     )
 
 
+def renewed(before: Labels, now: Labels) -> Labels:
+    """What a series is called once more is known: a client keeps its name, and so does whoever is
+    nobody any more. An address that is another's by now is the other's."""
+    if before.pod is not None:
+        now = now._replace(
+            namespace=before.namespace, pod=before.pod, container=before.container or now.container
+        )
+    if now.service is None and before.service is not None:
+        now = now._replace(service=before.service, server_role=before.server_role)
+    if now.backend_pod is None and before.backend_pod is not None:
+        now = now._replace(
+            backend_ip=before.backend_ip,
+            backend_namespace=before.backend_namespace,
+            backend_pod=before.backend_pod,
+        )
+    return now
+
+
 def _backend(key: np.void, names: Names) -> tuple[str | None, str | None, str | None]:
     """Address, namespace and pod of who answered."""
     if key["backend"] == BackendKnown.UNKNOWN:

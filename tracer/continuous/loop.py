@@ -109,7 +109,10 @@ class Continuous:
         self._connections = Connections(self.timeout_ns)
         self._room = ConnectionRoom(self.session, self._connections)
         self._aggregates = Aggregates(self.session.built.map_fds)
-        self._books = (Book(names, names.is_settled), Book(names, names.is_settled))
+        self._books = (
+            Book(names, names.is_settled, lambda: names.version),
+            Book(names, names.is_settled, lambda: names.version),
+        )
 
     def run(self) -> None:
         """Until it is time to stop; then all that was counted is in the figures and recorded."""
@@ -258,8 +261,9 @@ class Continuous:
             )
             idle_ns = _CROWDED_IDLE_NS if crowded else _IDLE_NS
             before_ns = time.monotonic_ns() - idle_ns
-            self._books[0].forget(self._aggregates.forget(counted, before_ns))
-            self._books[1].forget(self._tally.forget(before_ns))
+            of_kernel, of_own = self._books
+            of_kernel.forget(self._aggregates.forget(counted, before_ns, of_kernel.waiting()))
+            of_own.forget(self._tally.forget(before_ns, of_own.waiting()))
         self.figures.tell(self._health(*entries), is_ready=self._is_ready)
 
     def _record_interval(
@@ -305,6 +309,7 @@ class Continuous:
         counters = self.session.counters()
         lost["series"] = counters[Count.SERIES_FULL] + self._tally.overflowed
         lost["buckets"] = counters[Count.BUCKETS_FULL]
+        lost["recordings"] = self.recorder.given_up if self.recorder else 0
         del lost["lookups"], lost["upstream"]  # which this mode does not have
         return lost, unmatched
 

@@ -8,9 +8,11 @@ were asked for are no labels at all.
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, field
 from socketserver import ThreadingMixIn
 from typing import TYPE_CHECKING, Any
@@ -36,12 +38,13 @@ if TYPE_CHECKING:
 LATENCIES_MAX = 1000  # histograms of transactions
 WAYS_MAX = 250  # of who asked and who answered, each with a histogram for every stage
 FORGET_S = 900.0  # after which those that nothing is added to may go, when there is no room
-STALE_S = 30.0  # how long the tracing thread may take for one round
+STALE_S = 30.0  # how old a reading may be at least
 # Powers of two, at which no bucket of ours has to be split: 65.5 µs to 8.59 s.
 _BOUNDS = tuple(range(16, 34))
 _OTHER = "(other)"
 _STATUSES = ("answered", "timeout", "dropped", "refused")
-_AT_ONCE = 32  # requests
+_AT_ONCE = 32  # requests; one more, and the oldest is cut off
+_THREADS_MAX = 2 * _AT_ONCE
 _CLIENT = ("namespace", "pod")
 _LATENCY_LABELS = (*_CLIENT, "server", "backend", "type", "rcode", "protocol")
 _COUNT_LABELS = (*_LATENCY_LABELS, "status")
@@ -72,12 +75,14 @@ class Health:
 class Figures:
     """What was counted since the start; written by the tracing thread, read by scrapes."""
 
-    def __init__(self) -> None:
+    def __init__(self, stale_s: float = STALE_S) -> None:
+        self._stale_s = stale_s
         self._lock = threading.Lock()
         self._counts: Counter[tuple[str, ...]] = Counter()
         self._latencies: dict[tuple[str, ...], Histogram] = {}
         self._ways: dict[tuple[str, ...], dict[Stage, Histogram]] = {}
         self._last_s: dict[tuple[str, ...], float] = {}  # when each was last added to
+        self._has_made_room: set[int] = set()  # where looking again would find no more
         self._health = Health()
         self._alive_s = 0.0
         self._is_ready = False
@@ -85,6 +90,7 @@ class Figures:
     def add(self, entries: Iterable[tuple[Labels, Entry]]) -> None:
         """What has come in an interval."""
         with self._lock:
+            self._has_made_room.clear()
             for labels, entry in entries:
                 if labels.of_stages:
                     self._add_way(labels, entry)
@@ -101,7 +107,7 @@ class Figures:
     def problem(self) -> str | None:
         """Why we are not well; None: we are."""
         silent_s = time.monotonic() - self._alive_s
-        return f"no reading for {silent_s:.0f} s" if silent_s > STALE_S else None
+        return f"no reading for {silent_s:.0f} s" if silent_s > self._stale_s else None
 
     def is_ready(self) -> bool:
         """Whether programs are attached, and names known as far as they will be."""
@@ -189,6 +195,9 @@ class Figures:
 
     def _forget(self, among: dict[tuple[str, ...], Any]) -> None:
         """Makes room: whoever has long asked nothing has gone, as a rule."""
+        if id(among) in self._has_made_room:
+            return
+        self._has_made_room.add(id(among))
         before_s = time.monotonic() - FORGET_S
         for key in [key for key in among if self._last_s.get(key, 0.0) < before_s]:
             del among[key]
@@ -252,14 +261,23 @@ class _Server(ThreadingMixIn, WSGIServer):
     request_queue_size = 64
 
     def __init__(self, *arguments: Any, **more: Any) -> None:
-        self._room = threading.BoundedSemaphore(_AT_ONCE)
+        self._thread_room = threading.BoundedSemaphore(_THREADS_MAX)
+        self._open: dict[int, Any] = {}  # sockets, the oldest first
+        self._open_lock = threading.Lock()
         super().__init__(*arguments, **more)
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """In a thread of its own; one too many is turned away, lest there be threads without end."""
-        if not self._room.acquire(blocking=False):
+        """In a thread of its own. Where there are too many, whoever has taken longest has to go:
+        a probe is answered even if others say nothing, or a byte every few seconds."""
+        if not self._thread_room.acquire(blocking=False):
             self.shutdown_request(request)
             return
+        with self._open_lock:
+            if len(self._open) >= _AT_ONCE:
+                oldest = self._open.pop(next(iter(self._open)))
+                with suppress(OSError):
+                    oldest.shutdown(socket.SHUT_RDWR)
+            self._open[id(request)] = request
         super().process_request(request, client_address)
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
@@ -267,15 +285,15 @@ class _Server(ThreadingMixIn, WSGIServer):
         try:
             super().process_request_thread(request, client_address)
         finally:
-            self._room.release()
+            with self._open_lock:
+                self._open.pop(id(request), None)
+            self._thread_room.release()
 
     def handle_error(self, *_: object) -> None:
         """Whoever asked has gone."""
 
 
 class _Server6(_Server):
-    import socket
-
     address_family = socket.AF_INET6
 
 

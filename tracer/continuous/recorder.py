@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import orjson
@@ -34,10 +35,20 @@ _LOCK = ".lock"
 _OURS = re.compile(r"(transactions|histograms|coverage)-.+\.parquet")
 _NOT_IN_A_NAME = re.compile(r"[^A-Za-z0-9.-]+")
 _STOPPING_S = 60.0
+_TRIES = 2  # to make files of a journal
 
 
 class RecorderError(Exception):
     """Recordings cannot be written there. The message says why and what to do."""
+
+
+@dataclass(slots=True)
+class _Journal:
+    """What was written, and is not in a file yet. `rows`: transactions of this run in it."""
+
+    path: Path
+    rows: int = 0
+    tries: int = 0
 
 
 class Recorder:
@@ -64,14 +75,16 @@ class Recorder:
         self._age_max_s = age_max_s
         self._tell = tell
         self.problem: str | None = None
-        self.rows = 0
-        self._journal: Path | None = None
+        self.rows = 0  # transactions that were written
+        self.given_up = 0  # transactions that are in no file and will be in none
+        self._journal: _Journal | None = None
         self._files: dict[str, BinaryIO] = {}
         self._began_s = 0.0
         self._bytes = 0
         self._retry_s = 0.0
-        self._converting: tuple[subprocess.Popen[str], Path] | None = None
-        self._waiting: list[Path] = []
+        self._converting: tuple[subprocess.Popen[str], _Journal] | None = None
+        self._convert_s = 0.0  # not before, monotonic
+        self._waiting: list[_Journal] = []
         try:
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._lock = os.open(directory / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -86,19 +99,25 @@ class Recorder:
 
     def write(self, kind: str, rows: Iterable[Mapping[str, Any]]) -> None:
         """Adds rows (a key of COLUMNS, and what it has). Never raises OSError."""
+        lines = [_line({"node": self._node, **row}) for row in rows]
+        if not lines:
+            return
+        transactions = len(lines) if kind == "transactions" else 0
         if self.problem is not None and time.monotonic() < self._retry_s:
+            self.given_up += transactions
             return
         try:
-            lines = b"".join(_line({"node": self._node, **row}) for row in rows)
-            if not lines:
-                return
-            file = self._file(kind)
-            file.write(lines)
+            journal = self._open_journal()
+            file = self._file(journal, kind)
+            written = file.write(b"".join(lines))
             file.flush()
-            self._bytes += len(lines)
-            self.rows += lines.count(b"\n") if kind == "transactions" else 0
         except OSError as error:
+            self.given_up += transactions
             self._fail(f"recordings are not written: {error.strerror} ({self._directory})")
+            return
+        self._bytes += written
+        self.rows += transactions
+        journal.rows += transactions
 
     def look(self) -> None:
         """Rotates when it is time, and looks after what is being converted; call it often."""
@@ -130,47 +149,57 @@ class Recorder:
                     self._converting[0].wait(deadline_s - time.monotonic())
             self._reap()
             if self.problem is not None:
-                break
+                break  # the next start tries again
             self._convert_next()
         if self._converting:
             self._converting[0].kill()
             self._converting[0].communicate()
         os.close(self._lock)
 
-    def _file(self, kind: str) -> BinaryIO:
+    def _open_journal(self) -> _Journal:
         if self._journal is None:
-            start = time.time()
-            stamp = time.strftime("%Y%m%dT%H%M%S", time.gmtime(start))
-            name = _NOT_IN_A_NAME.sub("_", self._node)[:100] or "node"
-            journal = self._directory / f"{_JOURNAL}{name}-{stamp}{int(start * 1000) % 1000:03d}Z"
-            journal.mkdir(mode=0o700)
-            self._journal = journal
+            self._journal = _Journal(self._make_journal())
             self._began_s = time.monotonic()
             self._bytes = 0
-            if self.problem is not None:
-                self.problem = None
-                self._tell(None)
+            self._works_again()
+        return self._journal
+
+    def _make_journal(self) -> Path:
+        """Named after the time, to the millisecond; the next one if that is taken."""
+        name = _NOT_IN_A_NAME.sub("_", self._node)[:100] or "node"
+        ms = time.time_ns() // 1_000_000
+        while True:
+            stamp = time.strftime("%Y%m%dT%H%M%S", time.gmtime(ms // 1000))
+            path = self._directory / f"{_JOURNAL}{name}-{stamp}{ms % 1000:03d}Z"
+            try:
+                path.mkdir(mode=0o700)
+            except FileExistsError:
+                ms += 1
+            else:
+                return path
+
+    def _file(self, journal: _Journal, kind: str) -> BinaryIO:
         if kind not in self._files:
-            self._files[kind] = journal_file(self._journal, kind).open("ab")
+            self._files[kind] = journal_file(journal.path, kind).open("ab")
         return self._files[kind]
 
     def _take_over(self) -> None:
         """What a run before this one left: its journals are made files of, parts are removed."""
         for found in sorted(self._directory.iterdir()):
             if found.name.startswith(_JOURNAL) and found.is_dir() and not found.is_symlink():
-                self._waiting.append(found)
+                self._waiting.append(_Journal(found))
             elif found.name.endswith(f".parquet{PART}") and found.name.startswith("."):
                 with suppress(OSError):
                     found.unlink()
         self._convert_next()
 
     def _convert_next(self) -> None:
-        if self._converting or not self._waiting:
+        if self._converting or not self._waiting or time.monotonic() < self._convert_s:
             return
         self._make_room()
         journal = self._waiting.pop(0)
         command = [
-            sys.executable, "-m", "tracer.continuous.parquet", str(journal), str(self._directory)
+            sys.executable, "-m", "tracer.continuous.parquet", str(journal.path), str(self._directory)
         ]  # fmt: skip
         try:
             process = subprocess.Popen(
@@ -178,7 +207,7 @@ class Recorder:
                 stderr=subprocess.PIPE, text=True, errors="replace",
             )  # fmt: skip
         except OSError as error:
-            self._fail(f"recordings are not written: {error.strerror}")
+            self._not_converted(journal, str(error.strerror))
             return
         self._converting = process, journal
 
@@ -190,29 +219,56 @@ class Recorder:
         _, said = process.communicate()
         if process.returncode:
             why = said.strip().splitlines()[-1:] or [f"status {process.returncode}"]
-            # Room is what lacks most likely; what was to be recorded is given up for it.
-            shutil.rmtree(journal, ignore_errors=True)
-            self._fail(f"a recording was given up: {why[0][:300]}")
+            self._not_converted(journal, why[0][:300])
         else:
             self._make_room()
+            if self._journal is not None:
+                self._works_again()
+
+    def _not_converted(self, journal: _Journal, why: str) -> None:
+        """Tries again in a while, once; what is being written now is another matter."""
+        journal.tries += 1
+        self._convert_s = time.monotonic() + _RETRY_S
+        if journal.tries < _TRIES:
+            self._waiting.insert(0, journal)
+            self._say(f"a recording is not complete, and is tried again later: {why}")
+            return
+        # Room is what lacks most likely; what was to be recorded is given up for it.
+        shutil.rmtree(journal.path, ignore_errors=True)
+        self.given_up += journal.rows
+        self._say(f"a recording of {journal.rows} transactions was given up: {why}")
+
+    def _say(self, problem: str) -> None:
+        if self.problem is None:
+            self._tell(problem)
+        self.problem = problem
+
+    def _works_again(self) -> None:
+        if self.problem is not None:
+            self.problem = None
+            self._tell(None)
 
     def _fail(self, problem: str) -> None:
+        """What is being written now is given up, for a while."""
         for file in self._files.values():
             with suppress(OSError):
                 file.close()
         self._files.clear()
         if self._journal is not None:
-            shutil.rmtree(self._journal, ignore_errors=True)
+            shutil.rmtree(self._journal.path, ignore_errors=True)
+            self.given_up += self._journal.rows
             self._journal = None
-        if self.problem is None:
-            self._tell(problem)
-        self.problem = problem
+        self._say(problem)
         self._retry_s = time.monotonic() + _RETRY_S
 
     def _make_room(self) -> None:
         """Removes the oldest files of ours, while there are too many or they are too old."""
         found = []
-        for path in self._directory.iterdir():
+        try:
+            paths = list(self._directory.iterdir())
+        except OSError:
+            return  # gone: whoever writes there is told
+        for path in paths:
             if _OURS.fullmatch(path.name):
                 with suppress(OSError):
                     status = path.stat()

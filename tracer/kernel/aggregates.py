@@ -11,7 +11,7 @@ from tracer.kernel import bpf
 from tracer.record import BUCKET_KEY, SERIES, SERIES_KEY, BackendKnown, SeriesKind, Status
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping
 
     from numpy.typing import NDArray
 
@@ -64,17 +64,24 @@ class Aggregates:
             np.frombuffer(counts, _COUNT),
         )
 
-    def forget(self, counted: Counted, before_ns: int) -> set[int]:
-        """Makes room: drops series that nothing was added to since (CLOCK_MONOTONIC); their ids.
+    def forget(self, counted: Counted, before_ns: int, spare: Collection[int] = ()) -> set[int]:
+        """Makes room: drops series that nothing was added to since (CLOCK_MONOTONIC), but for
+        `spare`; their ids.
 
-        `counted` is what was read last. A series goes before its buckets do; should a transaction
-        just be counted there, it finds a series of that name begun anew.
+        `counted` is what was read last; what has been counted since keeps its series. A series goes
+        before its buckets do: should a transaction just be counted there, it finds a series of that
+        name begun anew, and a bucket that comes too late goes the next time.
         """
         series = counted.series
-        idle = (series["last_ns"] < before_ns) & ~np.isin(series["id"], OVERFLOW_IDS)
-        gone = set(series["id"][idle].tolist())
-        for key in counted.keys[idle]:
-            bpf.map_delete(self._series, key.tobytes())
-        for key in counted.bucket_keys[np.isin(counted.bucket_keys["id"], list(gone))]:
+        idle = (series["last_ns"] < before_ns) & ~np.isin(series["id"], [*OVERFLOW_IDS, *spare])
+        gone = set()
+        for row in np.flatnonzero(idle).tolist():
+            key = counted.keys[row].tobytes()
+            now = bpf.map_lookup(self._series, key, SERIES.itemsize)
+            if now == series[row].tobytes():
+                bpf.map_delete(self._series, key)
+                gone.add(int(series["id"][row]))
+        there = np.array([n for n in series["id"].tolist() if n not in gone], np.uint64)
+        for key in counted.bucket_keys[~np.isin(counted.bucket_keys["id"], there)]:
             bpf.map_delete(self._buckets, key.tobytes())
         return gone

@@ -76,6 +76,23 @@ def load(paths: Sequence[Path], scratch: Path) -> Recordings:
     return found
 
 
+def leave_out_damaged(found: Recordings) -> bool:
+    """Reads all of every file, and leaves those out where that fails; whether there are any."""
+    import duckdb
+
+    before = len(found.unreadable)
+    for kind in KINDS:
+        for file in list(found.files[kind]):
+            source = f"read_parquet('{_quoted(_glob_free(file))}')"
+            try:
+                found.rows(f"SELECT max(hash(each)) FROM {source} AS each")
+            except (duckdb.Error, OSError) as error:
+                found.files[kind].remove(file)
+                found.unreadable.append((file, _short(error)))
+        _make_view(found, kind)
+    return len(found.unreadable) > before
+
+
 def _files(path: Path) -> list[Path]:
     try:
         if path.is_dir():
@@ -93,18 +110,19 @@ def _take(found: Recordings, file: Path, *, named: bool) -> None:
     import duckdb
 
     try:
-        names = {
-            row[0]
-            for row in found.rows(
-                "SELECT name FROM parquet_schema(?) WHERE name IS NOT NULL", [_glob_free(file)]
-            )
-        }
+        types = _types(found, f"SELECT * FROM read_parquet('{_quoted(_glob_free(file))}')")
     except (duckdb.Error, OSError) as error:
         found.unreadable.append((file, _short(error)))
         return
     for kind in KINDS:
-        if {name for columns in COLUMNS[kind] for name in _TIMES.get(columns, (columns,))} <= names:
-            found.files[kind].append(file)
+        expected = _types(found, _nothing_of(kind))
+        if expected.keys() <= types.keys():
+            others = [name for name in expected if types[name] != expected[name]]
+            if others:
+                why = f"a recording, but {others[0]} is of another type than it should be"
+                found.unreadable.append((file, why))
+            else:
+                found.files[kind].append(file)
             return
     if named:
         found.unreadable.append((file, "Parquet, but not a recording of dnstrace's"))
@@ -128,13 +146,22 @@ def _make_view(found: Recordings, kind: str) -> None:
         listed = ", ".join(f"'{_quoted(_glob_free(file))}'" for file in files)
         source = f"SELECT * FROM read_parquet([{listed}], union_by_name = true)"
     else:
-        columns = []
-        for name, type_ in COLUMNS[kind].items():
-            for column in _TIMES.get(name, (name,)):
-                as_type = type_ if column == name else "TIMESTAMPTZ"
-                columns.append(f'CAST(NULL AS {as_type}) AS "{column}"')
-        source = f"SELECT {', '.join(columns)} WHERE false"
-    found.database.execute(f"CREATE VIEW {kind} AS {source}")
+        source = _nothing_of(kind)
+    found.database.execute(f"CREATE OR REPLACE VIEW {kind} AS {source}")
+
+
+def _nothing_of(kind: str) -> str:
+    """A query for no rows with a kind's columns."""
+    columns = []
+    for name, type_ in COLUMNS[kind].items():
+        for column in _TIMES.get(name, (name,)):
+            as_type = type_ if column == name else "TIMESTAMPTZ"
+            columns.append(f'CAST(NULL AS {as_type}) AS "{column}"')
+    return f"SELECT {', '.join(columns)} WHERE false"
+
+
+def _types(found: Recordings, query: str) -> dict[str, str]:
+    return {name: type_ for name, type_, *_ in found.rows(f"DESCRIBE {query}")}
 
 
 def _glob_free(path: Path) -> str:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from tracer.report import where
 from tracer.report.figures import SHARES, Coverage, Failure, Group, Heat, Report, Times
-from tracer.report.recordings import RecordingError, Recordings, load
+from tracer.report.recordings import RecordingError, Recordings, leave_out_damaged, load
 from tracer.stages import PARTS, STAGE_NAMES
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ _LOGGED = f"""
     ELSE (ns >> (CAST(floor(log2(ns)) AS INTEGER) - 4)) << (CAST(floor(log2(ns)) AS INTEGER) - 4)
     END"""
 _WIDTH = f"""
-    CASE WHEN ns < {PARTS} THEN 1 ELSE 1 << (CAST(floor(log2(ns)) AS INTEGER) - 4) END"""
+    CASE WHEN ns < {PARTS} THEN 1 ELSE CAST(1 AS BIGINT) << (CAST(floor(log2(ns)) AS INTEGER) - 4) END"""
 _POD = "{0}_namespace || '/' || {0}_pod"
 _FAILED = "(status <> 'answered' OR coalesce(rcode, 'NOERROR') NOT IN ('NOERROR', 'NXDOMAIN'))"
 # Names of groups: of histograms' rows, and of transactions'.
@@ -52,13 +52,23 @@ _GROUPS = {
 
 def make(paths: Sequence[Path], filters: Filters) -> Report:
     """Reads recordings: files, or directories of them. Raises RecordingError, NotRecorded."""
+    import duckdb
+
     kept = where.of_transactions(filters)
     whole = where.of_histograms(filters, of_stages=False)
     parts = where.of_histograms(filters, of_stages=True)
     with tempfile.TemporaryDirectory(prefix="dnstrace-report-") as scratch:
         found = load(paths, Path(scratch))
         try:
-            return _Maker(found, kept, whole, parts).report()
+            try:
+                return _Maker(found, kept, whole, parts).report()
+            except duckdb.Error as error:
+                if not leave_out_damaged(found):
+                    raise RecordingError(f"cannot be read: {str(error)[:200]}") from error
+            try:
+                return _Maker(found, kept, whole, parts).report()
+            except duckdb.Error as error:
+                raise RecordingError(f"cannot be read: {str(error)[:200]}") from error
         finally:
             found.close()
 
@@ -98,7 +108,8 @@ class _Maker:
     def _window(self) -> tuple[datetime | None, datetime | None]:
         ((start, end),) = self._found.rows(
             "SELECT min(a), max(b) FROM (SELECT min(time_start) a, max(time_end) b FROM coverage "
-            "UNION ALL SELECT min(time), max(time) FROM transactions)"
+            "UNION ALL SELECT min(time), max(time) FROM transactions "
+            "UNION ALL SELECT min(time_start), max(time_end) FROM histograms)"
         )
         return start, end
 
@@ -247,7 +258,7 @@ class _Maker:
             )
             value, number, parameters = "latency_ns", "weight", self._kept.parameters
         rows = self._found.rows(
-            f"SELECT CAST(floor((epoch(t) - ?) / ?) AS INTEGER), "
+            f"SELECT CAST(greatest(0, least({HEAT_COLUMNS}, floor((epoch(t) - ?) / ?))) AS INTEGER), "
             f"CAST(floor(2 * log2(greatest({value}, 1))) AS INTEGER), sum({number}) "
             f"FROM {source} GROUP BY ALL",
             [start.timestamp(), seconds, *parameters],
@@ -350,6 +361,6 @@ def _heat_of(rows: list[tuple[Any, ...]], start: datetime, seconds: float) -> He
     low, high = min(row[1] for row in rows), max(row[1] for row in rows)
     counts = [[0] * (high - low + 1) for _ in range(columns)]
     for column, octave, number in rows:
-        counts[max(column, 0)][octave - low] += int(number)
+        counts[column][octave - low] += int(number)
     starts = [start + timedelta(seconds=seconds * n) for n in range(columns)]
     return Heat(starts, seconds, list(range(low, high + 1)), counts)
