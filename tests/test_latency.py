@@ -275,6 +275,25 @@ def test_series_that_nothing_was_added_to_are_forgotten(
     assert len(left.counts) == 0
 
 
+def test_making_room_costs_nothing_that_was_counted(kernel: Programs, counted: Aggregates) -> None:
+    """Not what came after the reading, nor what is to be spared; buckets of nobody go."""
+    walk(kernel, WAYS["sockets alone"], 1, 1, 0)
+    orphan = np.zeros(1, BUCKET_KEY)
+    orphan["id"] = 1 << 40
+    bpf.map_update(kernel.session.built.map_fds["buckets"], orphan.tobytes(), bytes(8))
+    before = counted.read()
+    walk(kernel, WAYS["sockets alone"], 1, 1, 0)
+    kernel.records()
+    ever = 1 << 62
+    assert counted.forget(before, ever) == set()
+    now = counted.read()
+    assert now.series["count"].sum() == 2 * 2
+    assert now.counts.sum() == 2 * 4
+    assert orphan[0] not in now.bucket_keys
+    assert counted.forget(now, ever, set(now.series["id"].tolist())) == set()
+    assert counted.read().counts.sum() == 2 * 4
+
+
 @given(st.integers(0, 1 << 50))
 def test_bucket_holds_its_times_and_its_middle_is_near_them(ns: int) -> None:
     (bucket,) = buckets_of(np.array([ns]))
