@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from kubernetes import client
 
+from tests.counting import running
 from tests.tracing import DNSTRACE, Trace, capturing, exchanges, tracing
 from tracer.cluster.api import ApiSource
 from tracer.cluster.cluster import ClusterWatch
@@ -399,6 +400,28 @@ def test_api_server_that_stays_away_is_told_at_the_end(lab: Lab, tmp_path: Path)
     said = " ".join(doctor.stdout.split())
     assert re.search(r"note cluster the API server https://127.0.0.1:\d+ cannot be reached", said)
     lab.start_api()
+
+
+def test_age_of_names_is_a_metric(lab: Lab) -> None:
+    """Of continuous mode; it grows while the API server is away."""
+    with running() as run:
+
+        def age_s() -> float:
+            ((_, value),) = run.scrape()["dnstrace_names_age_seconds"]
+            return value
+
+        assert 0 <= age_s() < 75  # bookmarks come once a minute
+        lab.stop_api()
+        stopped_s = time.monotonic()
+        before_s = age_s()
+        time.sleep(4)
+        assert before_s + 2 < age_s() < before_s + 6 + time.monotonic() - stopped_s
+        lab.start_api()
+        deadline_s = time.monotonic() + _CONNECTED_S
+        while age_s() > before_s + 2 and time.monotonic() < deadline_s:
+            time.sleep(0.5)
+        assert age_s() < time.monotonic() - stopped_s
+        assert run.stop()["msg"] == "ended"
 
 
 def test_api_server_that_comes_later_names_all_the_same(lab: Lab, tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ WAY = Labels(True, "sre", "web-0", "app", backend_namespace="kube-system", backe
 HEALTH = Health(
     lost={"ring_full": 3, "filtered": 1}, unmatched={"responses": 2}, recorded=5, not_kept=6,
     skipped=7, sample=100, cpu_s=1.5, rss_bytes=50 << 20, tables={"series": (7, 4096)},
-    hooks="kprobe", devices=9,
+    hooks="kprobe", devices=9, names_age_s=12.5,
 )  # fmt: skip
 
 

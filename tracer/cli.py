@@ -247,7 +247,7 @@ def _count(
     from tracer.continuous.recorder import RecorderError
 
     around = command.Surroundings(
-        session, names.identities, names.keep_up, stop, filters, names.node(), names.source.problem
+        session, names.identities, names.keep_up, stop, filters, names.node(), names.source
     )
     try:
         if args.command == "continuous":

@@ -41,6 +41,9 @@ class Source(Protocol):
     def problem(self) -> str | None:
         """Why names may be incomplete, or out of date, now."""
 
+    def age_s(self) -> float | None:
+        """Seconds since all that an API server tells was last heard of; None: not yet, or none."""
+
 
 class Nowhere:
     """Nothing is known of a cluster."""
@@ -66,6 +69,9 @@ class Nowhere:
     def problem(self) -> str | None:
         """Why nothing is known, if that was not asked for."""
         return self._why
+
+    def age_s(self) -> None:
+        """There is no API server."""
 
 
 class FileSource:
@@ -105,6 +111,9 @@ class FileSource:
         """Why it cannot be read."""
         return self._problem
 
+    def age_s(self) -> None:
+        """There is no API server."""
+
     def _look(self) -> None:
         now = None
         try:
@@ -132,6 +141,12 @@ class ApiServer(ClusterWatch):
     def problem(self) -> str | None:
         """What the last word of it is."""
         return self.status().problem
+
+    def age_s(self) -> float | None:
+        """Of what was heard of longest ago; ordinarily a minute at most, see Timing."""
+        ages = [one.contact_s for one in self.status().resources]
+        known = [age for age in ages if age is not None]
+        return max(known) if known and len(known) == len(ages) else None
 
 
 @dataclass(frozen=True, slots=True)

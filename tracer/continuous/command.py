@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from tracer.cluster.identities import Identities
+    from tracer.cluster.sources import Source
     from tracer.continuous.labels import Labels
     from tracer.filters import Filters
     from tracer.kernel.session import Session
@@ -47,7 +48,7 @@ class Surroundings:
     stop: Stop
     filters: Filters
     node: str
-    names_problem: Callable[[], str | None]
+    source: Source
 
 
 def run(args: argparse.Namespace, around: Surroundings) -> None:
@@ -152,7 +153,7 @@ def _loop(
         _WINDOW_INTERVAL_S,
         labels_wanted(around.filters, around.identities),
         around.filters.predicate(around.identities.labels),
-        around.names_problem,
+        around.source,
     )
 
 

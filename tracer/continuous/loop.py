@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from tracer.cluster.identities import Identities
+    from tracer.cluster.sources import Source
     from tracer.continuous.budget import Budget
     from tracer.continuous.labels import Labels
     from tracer.continuous.metrics import Figures
@@ -80,7 +81,7 @@ class Continuous:
     interval_s: float
     is_wanted: Callable[[Labels], bool]
     keep: Callable[[Transaction], bool]
-    names_problem: Callable[[], str | None]
+    source: Source  # of names
     totals: Totals = field(default_factory=Totals)
     counted: Counter[str] = field(default_factory=Counter)  # transactions, by status
     _assembler: Assembler = field(init=False)
@@ -298,7 +299,7 @@ class Continuous:
             "sample": self.budget.keeping.share,
             "lost": {kind: fresh[f"lost {kind}"] for kind in lost},
             "unmatched": {kind: fresh[f"unmatched {kind}"] for kind in unmatched},
-            "problem": self.names_problem(),
+            "problem": self.source.problem(),
         }
         recorder.write("coverage", [row])
 
@@ -348,7 +349,8 @@ class Continuous:
                 "series": (series, limits.series),
                 "buckets": (buckets, limits.buckets),
             },
-            names_problem=self.names_problem(),
+            names_problem=self.source.problem(),
+            names_age_s=self.source.age_s(),
             recording_problem=self.recorder.problem if self.recorder else None,
             hooks=self.session.hooks or "none",
             devices=self.session.devices.count(),

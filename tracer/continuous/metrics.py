@@ -66,7 +66,7 @@ class Health:
     rss_bytes: int = 0
     tables: Mapping[str, tuple[int, int]] = field(default_factory=dict)  # entries, capacity
     names_problem: str | None = None
-    names_heard_s: float | None = None  # since 1970, when the API server was last heard of
+    names_age_s: float | None = None  # since all the API server tells was last heard of
     recording_problem: str | None = None
     hooks: str = ""
     devices: int = 0
@@ -407,6 +407,12 @@ def _own(health: Health) -> Iterator[Metric]:
         "1: pods and services are known as they are now.",
         0 if health.names_problem else 1,
     )
+    if health.names_age_s is not None:
+        yield gauge(
+            "names_age_seconds",
+            "Since the API server was last heard of; it speaks up once a minute at least.",
+            health.names_age_s,
+        )
     yield gauge(
         "recording_up", "1: recordings, if any, are written.", 0 if health.recording_problem else 1
     )
