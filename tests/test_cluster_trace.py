@@ -22,6 +22,7 @@ import pytest
 from kubernetes import client
 
 from tests.counting import running
+from tests.test_cluster_api import eventually
 from tests.tracing import DNSTRACE, Trace, capturing, exchanges, tracing
 from tracer.cluster.api import ApiSource
 from tracer.cluster.cluster import ClusterWatch
@@ -410,6 +411,7 @@ def test_age_of_names_is_a_metric(lab: Lab) -> None:
             ((_, value),) = run.scrape()["dnstrace_names_age_seconds"]
             return value
 
+        eventually(lambda: "dnstrace_names_age_seconds" in run.scrape(), _CONNECTED_S)
         assert 0 <= age_s() < 75  # bookmarks come once a minute
         lab.stop_api()
         stopped_s = time.monotonic()

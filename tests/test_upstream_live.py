@@ -117,8 +117,8 @@ def test_many_clients_that_ask_the_same_at_once_are_unsure(lab: Lab, tmp_path: P
     assert len(placed) == len(set(placed))
     assert set(placed) <= outside
     unsure = [t["upstream_unsure"] for t in clients]
-    assert max(unsure) >= len(outside) - len(placed)
-    assert sum(count > 0 for count in unsure) >= 2
+    # What is nobody's could have been because of either of two at least.
+    assert sum(unsure) >= 2 * (len(outside) - len(placed)) > 0
     for t in clients:
         assert len(t["upstream"]) + t["upstream_unsure"] <= len(outside)
 
