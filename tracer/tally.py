@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 SERIES_MAX = 4096
+BUCKETS_MAX = 65_536  # of all series together
 
 _NO_RCODE = 255
 _CLASSES = (1, 2, 5, 6, 12, 15, 16, 28, 33, 64, 65)  # type_class in bpf/latency.h
@@ -50,21 +51,21 @@ class _Own:
     max_ns: list[int] = field(default_factory=lambda: [0] * len(Stage))
     buckets: Counter[tuple[int, int]] = field(default_factory=Counter)  # (stage, bucket)
 
-    def time(self, stage: int, ns: int) -> None:
-        """Counts a time."""
-        self.sum_ns[stage] += ns
-        self.max_ns[stage] = max(self.max_ns[stage], ns)
-        self.buckets[stage, int(buckets_of(np.array([ns]))[0])] += 1
-
 
 class Tally:
-    """Series and buckets of our own. What finds no room is counted in a series for all such."""
+    """Series and buckets of our own.
+
+    Where there is no room for a series, one for all such counts instead (`overflowed`). Where there
+    is none for a bucket, a time is left out (`untimed`).
+    """
 
     def __init__(self, drop_reasons: Mapping[int, str]) -> None:
         self._no_socket = no_socket(drop_reasons)
         self._all: dict[bytes, _Own] = {}
         self._ids = itertools.count()
+        self._buckets = 0  # of all series together
         self.overflowed = 0
+        self.untimed = 0
 
     def add(self, slots: NDArray[np.void]) -> None:
         """Counts transactions that have ended (fields of TRANSACTION)."""
@@ -82,15 +83,15 @@ class Tally:
             if not answered[row]:
                 continue
             if timed[row]:
-                series.time(Stage.TOTAL, int(latency[row]))
+                self._time(series, Stage.TOTAL, int(latency[row]))
             series = self._counted(of_stages[row], last_ns[row])
             for stage in np.flatnonzero(times[row]).tolist():
-                series.time(stage, int(times[row, stage]))
+                self._time(series, stage, int(times[row, stage]))
 
     def read(self) -> Counted:
         """All of it, since the start."""
         series = np.zeros(len(self._all), SERIES)
-        buckets = np.zeros(sum(len(one.buckets) for one in self._all.values()), BUCKET_KEY)
+        buckets = np.zeros(self._buckets, BUCKET_KEY)
         counts = np.zeros(len(buckets), np.uint64)
         at = 0
         for row, one in enumerate(self._all.values()):
@@ -109,7 +110,7 @@ class Tally:
             if one.last_ns < before_ns and one.id not in spare
         }
         for key in gone:
-            del self._all[key]
+            self._buckets -= len(self._all.pop(key).buckets)
         return set(gone.values())
 
     def _counted(self, key: np.void, last_ns: int) -> _Own:
@@ -126,6 +127,17 @@ class Tally:
         series.count += 1
         series.last_ns = max(series.last_ns, last_ns)
         return series
+
+    def _time(self, series: _Own, stage: int, ns: int) -> None:
+        key = stage, int(buckets_of(np.array([ns]))[0])
+        if key not in series.buckets:
+            if self._buckets >= BUCKETS_MAX:
+                self.untimed += 1
+                return
+            self._buckets += 1
+        series.buckets[key] += 1
+        series.sum_ns[stage] += ns
+        series.max_ns[stage] = max(series.max_ns[stage], ns)
 
 
 def _keys_of(slots: NDArray[np.void], no_socket: int) -> NDArray[np.void]:

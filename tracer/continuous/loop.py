@@ -309,7 +309,7 @@ class Continuous:
         lost, unmatched = losses(self.session, self.totals)
         counters = self.session.counters()
         lost["series"] = counters[Count.SERIES_FULL] + self._tally.overflowed
-        lost["buckets"] = counters[Count.BUCKETS_FULL]
+        lost["buckets"] = counters[Count.BUCKETS_FULL] + self._tally.untimed
         lost["recordings"] = self.recorder.given_up if self.recorder else 0
         del lost["lookups"], lost["upstream"]  # which this mode does not have
         return lost, unmatched
