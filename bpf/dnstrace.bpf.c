@@ -165,7 +165,7 @@ int packet(struct __sk_buff *skb)
 int socket_address(struct bpf_sock_addr *context)
 {
 	__be16 port = context->user_port;
-	struct meant meant = {};
+	struct meant meant = {}, *known;
 	u64 cookie;
 
 	if (!is_dns_port(port))
@@ -181,10 +181,17 @@ int socket_address(struct bpf_sock_addr *context)
 		words[3] = context->user_ip6[3];
 	}
 	meant.port = port;
-	if (!patched(MARK_CONNECTS))
-		meant.task = bpf_get_current_task();
 	cookie = bpf_get_socket_cookie(context);
-	meant_by_socket.update(&cookie, &meant);
+	if (!patched(MARK_CONNECTS)) {
+		cookie |= MEANT_ONCE;
+		meant.task = bpf_get_current_task();
+	}
+	/* Most sockets send to one server, and finding costs less than writing. */
+	known = meant_by_socket.lookup(&cookie);
+	if (known && known->port == meant.port && same_address(known->addr, meant.addr))
+		known->task = meant.task;
+	else
+		meant_by_socket.update(&cookie, &meant);
 	return 1;
 }
 #endif

@@ -126,13 +126,18 @@ static __always_inline bool meant_flow(u64 socket, struct flow *flow)
 {
 #ifdef OFFSET_sock_cookie
 	struct meant *meant;
-	u64 cookie = 0;
+	u64 cookie = 0, once;
 
 	READ_FIELD(cookie, socket, OFFSET_sock_cookie);
 	if (!cookie)
 		return false;
-	meant = meant_by_socket.lookup(&cookie);
-	if (!meant || (meant->task && meant->task != bpf_get_current_task()))
+	once = cookie | MEANT_ONCE;
+	meant = meant_by_socket.lookup(&once);
+	if (meant && meant->task == bpf_get_current_task())
+		meant->task = 0;
+	else
+		meant = meant_by_socket.lookup(&cookie);
+	if (!meant)
 		return false;
 	if (meant->port == flow->server_port && same_address(meant->addr, flow->server_addr))
 		return false;

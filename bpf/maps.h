@@ -82,11 +82,15 @@ BPF_TABLE("hash", struct flow, u64, connection_ids, CONNECTIONS * 4);
 BPF_TABLE("hash", u64, struct connection, connections, CONNECTIONS);
 /*
  * Whom a socket was told to send to, before programs of others (which balance
- * services at the socket, as Cilium's) put another address in its place.
+ * services at the socket, as Cilium's) put another address in its place. By the
+ * socket's cookie: when it was connected. With MEANT_ONCE: for one message, of
+ * which a socket that is connected may send some, too.
  */
+#define MEANT_ONCE (1ULL << 63)
+
 struct meant {
 	__be64 addr[2];
-	u64 task; /* who sends: struct task_struct; 0: it holds for the whole connection */
+	u64 task; /* for one message: who sends it, struct task_struct; 0: it is sent */
 	__be16 port;
 	u16 pad[3];
 };

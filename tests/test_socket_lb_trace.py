@@ -38,6 +38,17 @@ with socket.socket(family, socket.SOCK_DGRAM) as client:
         client.sendto(asked, (sys.argv[1], 53))
     client.recv(512)
 """
+MIXED = """
+import socket, sys
+replica, service, once, *after = sys.argv[1:]
+with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
+    client.settimeout(3)
+    client.connect((replica, 53))
+    client.sendto(bytes.fromhex(once), (service, 53))
+    for query in after:
+        client.send(bytes.fromhex(query))
+        client.recv(512)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -86,8 +97,7 @@ def test_either_way_to_name_a_server_is_told(
 ) -> None:
     """By connect() once, or with each message."""
     name = fresh_name()
-    labels = b"".join(bytes([len(label)]) + label.encode() for label in name.split("."))
-    asked = bytes.fromhex("1234 0100 0001 0000 0000 0000") + labels + bytes([0, 0, 1, 0, 1])
+    asked = message(name)
     arguments = ["--pods", str(lab.pods_file), "--namespace", "sre"]
     with tracing(*arguments, tmp_path=tmp_path) as tracer:
         ask(lab, "sre/web-0", "python3", "-c", CONNECTED, service, asked.hex(), way)
@@ -107,6 +117,25 @@ def test_who_asks_a_replica_itself_means_it(lab: Lab, tmp_path: Path) -> None:
     (t,) = trace.named(f"{name}.")
     assert (t["server"]["ip"], t["server"]["service"]) == (replica.ipv4, None)
     assert {str(hop["nat"]) for hop in t["hops"]} == {"None"}
+
+
+def test_connected_socket_may_send_one_message_elsewhere(lab: Lab, tmp_path: Path) -> None:
+    """What comes after it goes to whom the socket is connected."""
+    replica, names = lab.dns_pods[1], [fresh_name() for _ in range(3)]
+    once, after, again = (message(name).hex() for name in names)
+    arguments = ["--pods", str(lab.pods_file), "--namespace", "sre"]
+    with tracing(*arguments, tmp_path=tmp_path) as tracer:
+        ask(lab, "sre/web-0", "python3", "-c", MIXED, replica.ipv4, SERVICE, once, after, again)
+        time.sleep(0.3)
+        trace = tracer.stop()
+    servers = [[t["server"]["ip"] for t in trace.named(f"{name}.")] for name in names]
+    assert servers == [[SERVICE], [replica.ipv4], [replica.ipv4]]
+
+
+def message(name: str) -> bytes:
+    """A query for an A record."""
+    labels = b"".join(bytes([len(label)]) + label.encode() for label in name.split("."))
+    return bytes.fromhex("1234 0100 0001 0000 0000 0000") + labels + bytes([0, 0, 1, 0, 1])
 
 
 def check(lab: Lab, t: Record, service: str, name: str) -> None:

@@ -117,7 +117,6 @@ def _report() -> argparse.ArgumentParser:
     only = parser.add_argument_group("filters (all must hold; globs are quoted: 'web-*')")
     _add_pods(only)
     _add_questions(only)
-    only.add_argument("--slower", metavar="TIME", help="took at least this long: 5ms, 1.5s")
     _add_names(parser)
     how = parser.add_argument_group("output")
     how.add_argument("--json", action="store_true", help="one JSON object on stdout")
@@ -163,7 +162,6 @@ def _add_tracing(parser: argparse.ArgumentParser) -> None:
     only = parser.add_argument_group("filters (all must hold; globs are quoted: 'web-*')")
     _add_pods(only)
     _add_questions(only)
-    only.add_argument("--slower", metavar="TIME", help="took at least this long: 5ms, 1.5s")
     _add_names(parser)
     how = parser.add_argument_group("output and limits")
     how.add_argument("--json", action="store_true", help="JSON lines on stdout")
@@ -199,6 +197,7 @@ def _add_questions(only: argparse._ArgumentGroup) -> None:
     only.add_argument("--comm", metavar="NAME", help="processes of this name")
     only.add_argument("--name", metavar="GLOB", help="query name, any case, final dot or not")
     only.add_argument("--failed", action="store_true", help="no answer, or an error code")
+    only.add_argument("--slower", metavar="TIME", help="took at least this long: 5ms, 1.5s")
 
 
 def _add_sampling(parser: argparse.ArgumentParser) -> None:

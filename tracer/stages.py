@@ -7,6 +7,7 @@ add up to the time from its first hop to its last. The kernel counts the same wa
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,7 +15,7 @@ import numpy as np
 from tracer.record import HopKind, Stage
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable
 
     from numpy.typing import NDArray
 
@@ -78,16 +79,19 @@ def bounds(bucket: int) -> tuple[int, int]:
     return low, low + (1 << exponent)
 
 
-def quantile(counts: Mapping[int, int], share: float) -> int | None:
-    """That quantile of what is in the buckets (number: count), in ns, within ERROR.
+def middle(low_ns: int, high_ns: int) -> float:
+    """What is within ERROR of all times of a bucket with these bounds; nanoseconds."""
+    return 2 * low_ns * high_ns / (low_ns + high_ns) if low_ns else 0.0
 
-    None where there is nothing.
+
+def quantile(buckets: Iterable[tuple[int, int, int]], total: int, share: float) -> int | None:
+    """That quantile of `total` times, in ns, within ERROR. None where there is nothing.
+
+    `buckets` are (low, high, count), the shortest times first.
     """
-    total = sum(counts.values())
-    rank = max(1, int(np.ceil(share * total)))
-    for bucket in sorted(counts):
-        rank -= counts[bucket]
+    rank = max(1, math.ceil(share * total - 1e-9))
+    for low, high, count in buckets:
+        rank -= count
         if rank <= 0:
-            low, high = bounds(bucket)
-            return round(2 * low * high / (low + high)) if low else 0
+            return round(middle(low, high))
     return None

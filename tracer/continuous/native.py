@@ -13,7 +13,7 @@ import struct
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from tracer.stages import bounds
+from tracer.stages import bounds, middle
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -75,8 +75,7 @@ def _native(counts: Mapping[int, int]) -> bytes:
         if not low:
             zero += count
             continue
-        middle_s = 2 * low * high / (low + high) / 1e9
-        by_index[math.ceil(math.log2(middle_s) * _PER_OCTAVE - 1e-9)] += count
+        by_index[math.ceil(math.log2(middle(low, high) / 1e9) * _PER_OCTAVE - 1e-9)] += count
     body = _sint_field(5, SCHEMA) + _double(6, _ZERO_S) + _varint_field(7, zero)
     spans: list[list[int]] = []  # offset, length
     deltas = b""

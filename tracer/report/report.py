@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 import tempfile
 from collections import Counter
 from datetime import timedelta
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from tracer.report import where
 from tracer.report.figures import SHARES, Coverage, Failure, Group, Heat, Report, Times
 from tracer.report.recordings import RecordingError, Recordings, leave_out_damaged, load
-from tracer.stages import PARTS, STAGE_NAMES
+from tracer.stages import PARTS, STAGE_NAMES, quantile
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -336,22 +335,12 @@ def _times_of(
     for low, _, count in buckets:
         octaves[max(low, 1).bit_length() - 1] += count
     quantiles = tuple(
-        None if values < _FEWEST.get(share, 1) else _quantile(buckets, total, share, max_ns)
+        None if values < _FEWEST.get(share, 1) else quantile(buckets, total, share)
         for share in SHARES
     )
+    if max_ns is not None:
+        quantiles = tuple(None if ns is None else min(ns, max_ns) for ns in quantiles)
     return Times(total, sum_ns, max_ns, quantiles, tuple(sorted(octaves.items())))
-
-
-def _quantile(
-    buckets: list[tuple[int, int, int]], total: int, share: float, max_ns: int | None
-) -> int | None:
-    rank = max(1, math.ceil(share * total - 1e-9))
-    for low, high, count in buckets:
-        rank -= count
-        if rank <= 0:
-            middle = round(2 * low * high / (low + high)) if low else 0
-            return middle if max_ns is None else min(middle, max_ns)
-    return None
 
 
 def _heat_of(rows: list[tuple[Any, ...]], start: datetime, seconds: float) -> Heat:
