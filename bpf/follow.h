@@ -244,8 +244,9 @@ static __always_inline void seen(struct source *source, u64 skb, struct scratch 
 	struct sender sender = {};
 	struct transaction *slot;
 	u32 variant = 0, number;
-	u8 attempt = 1, status = refused ? STATUS_REFUSED : STATUS_ANSWERED;
-	bool several, original = false, kept = true;
+	u32 status = refused ? STATUS_REFUSED : STATUS_ANSWERED;
+	u8 attempt = 1;
+	bool several, original = false, evicted, kept = true;
 
 	message->found.number = NO_SLOT;
 	if (sent) {
@@ -305,38 +306,55 @@ static __always_inline void seen(struct source *source, u64 skb, struct scratch 
 		variant = free_variant(message, &asked);
 		if (variant == MAX_VARIANTS) {
 			crowded(place->t_ns);
+			count(COUNT_TABLE_FULL);
 			return;
 		}
 		/* The client asks again: the earlier attempt has had its time. */
 		status = STATUS_TIMEOUT;
 		number = message->found.number;
 		slot = slots.lookup(&number);
+		if (!slot && free_slots.pop(&number)) {
+			crowded(place->t_ns);
+			status = STATUS_EVICTED;
+			slot = oldest_of_a_few(message);
+			number = message->found.number;
+		}
+		message->found.number = number;
 	}
+	message->variant = variant;
+	message->outcome = status;
+	number = message->found.number;
+	status = message->outcome;
+	evicted = status == STATUS_EVICTED;
 	if (slot && claim(slot, message->found.generation)) {
 		slot->status = status;
 		if (status == STATUS_REFUSED ||
 		    (status == STATUS_ANSWERED && place->kind == HOP_RECEIVE))
 			slot->end_ns = place->t_ns;
-		attempt = slot->attempt + 1;
+		if (!evicted)
+			attempt = slot->attempt + 1;
 #ifdef AGGREGATES
-		/* What its client gave up is rare, and all of it leaves: user space counts that. */
-		if (status != STATUS_TIMEOUT) {
-			tally_up(slot, &scratch->tally);
-			kept = is_kept(slot);
-		}
+		tally_up(slot, &scratch->tally);
+		kept = evicted || is_kept(slot);
+		if (evicted)
+			count(COUNT_EVICTED);
+#else
+		if (evicted)
+			count(COUNT_TABLE_FULL);
 #endif
-		if (kept)
+		if (kept && !evicted)
 			emit(slot, status == STATUS_ANSWERED ? source : NULL, message);
-		if (status != STATUS_TIMEOUT) {
+		if (status != STATUS_TIMEOUT && !evicted) {
 			release(number);
 			return;
 		}
-	} else if (status == STATUS_TIMEOUT) {
-		number = take_slot(place->t_ns);
-	} else {
+	} else if (evicted || (slot && status == STATUS_TIMEOUT && free_slots.pop(&number))) {
+		count(COUNT_TABLE_FULL);
+		return;
+	} else if (status != STATUS_TIMEOUT) {
 		return;
 	}
-	begin(number, source, message, &sender, place, &asked, attempt, variant);
+	begin(number, source, message, &sender, place, &asked, attempt, message->variant);
 }
 
 #endif

@@ -95,30 +95,67 @@ static __always_inline u32 bucket_of(u64 ns)
 	return exponent * 16 + ((ns >> (exponent - some(exponent))) & 15);
 }
 
-/* A series, which is there from now on. NULL: there is no room, not even for what stands for all. */
+/* Stands for the pod, or at least for the container, that asks. */
+static __always_inline u64 client_number(struct series_key *key)
+{
+	return key->cgroup_id ^ (u64)key->netns << 32;
+}
+
+/* Whether a client may begin one more: it chooses whom it asks for what, at the cost of others. */
+static __always_inline bool may_begin(struct series_key *key)
+{
+	u64 client = client_number(key);
+	u32 *begun = series_begun.lookup(&client), one = 1;
+
+	if (!begun) {
+		series_begun.update(&client, &one);
+		return true;
+	}
+	if (*begun >= SERIES_PER_CLIENT)
+		return false;
+	__sync_fetch_and_add(begun, 1);
+	return true;
+}
+
+static __always_inline struct series *begin_series(struct series_key *key, struct tally *tally)
+{
+	/* Nothing else begins at the same nanosecond on the same CPU. */
+	tally->fresh.id = (tally->last_ns << 8 | (bpf_get_smp_processor_id() & 255)) << 2 |
+			  (key != &tally->key) << 1 | key->kind;
+	all_series.insert(key, &tally->fresh);
+	return all_series.lookup(key);
+}
+
+/*
+ * A series, which is there from now on: that of the key, or where there is no
+ * room, its client's for all that found none, or that of all clients. NULL: not
+ * even that.
+ */
 static __always_inline struct series *series_for(struct tally *tally)
 {
-	struct series_key *key = &tally->key;
+	struct series_key *key = &tally->key, *other = &tally->other;
 	struct series *series = all_series.lookup(key);
 
-	if (series)
-		return series;
-	/* Nothing else begins at the same nanosecond on the same CPU. */
-	tally->fresh.id = (tally->last_ns << 8 | (bpf_get_smp_processor_id() & 255)) << 1 |
-			  key->kind;
-	all_series.insert(key, &tally->fresh);
-	series = all_series.lookup(key);
+	if (!series && may_begin(key))
+		series = begin_series(key, tally);
 	if (series)
 		return series;
 	count(COUNT_SERIES_FULL);
-	key->cgroup_id = key->server_cgroup_id = 0;
-	key->client_addr[0] = key->client_addr[1] = 0;
-	key->server_addr[0] = key->server_addr[1] = 0;
-	key->backend_addr[0] = key->backend_addr[1] = 0;
-	key->netns = key->server_port = key->backend_port = 0;
-	key->type = key->rcode = key->protocol = 0;
-	key->backend = BACKEND_OVERFLOW;
-	return all_series.lookup(key);
+	other->kind = key->kind;
+	other->status = key->status;
+	other->backend = BACKEND_OVERFLOW;
+	other->cgroup_id = key->cgroup_id;
+	other->netns = key->netns;
+	other->client_addr[0] = key->client_addr[0];
+	other->client_addr[1] = key->client_addr[1];
+	series = all_series.lookup(other);
+	if (!series)
+		series = begin_series(other, tally);
+	if (series)
+		return series;
+	other->cgroup_id = other->netns = 0;
+	other->client_addr[0] = other->client_addr[1] = 0;
+	return all_series.lookup(other);
 }
 
 static __always_inline void add_time(struct series *series, struct bucket_key *key, u32 stage,
@@ -242,7 +279,25 @@ static __always_inline void look_along(struct transaction *slot, struct tally *t
 		key->backend = BACKEND_AS_ASKED;
 }
 
-/* Counts a transaction that has ended. */
+/*
+ * What became of a transaction whose last hop is a drop. Where nothing listens in
+ * the client's own network namespace, it hears so over the loopback, which passes
+ * no device that is watched.
+ */
+static __always_inline u8 dropped_or_refused(struct transaction *slot)
+{
+#ifdef DROP_NO_SOCKET
+	u32 last = slot->nhops - 1;
+	struct hop *hop = &slot->hops[last];
+
+	if (last < MAX_HOPS && hop->drop_reason == DROP_NO_SOCKET && hop->direction == QUERY &&
+	    hop->netns == slot->netns)
+		return STATUS_REFUSED;
+#endif
+	return STATUS_DROPPED;
+}
+
+/* Counts a transaction that has ended, or that is evicted. */
 static __always_inline void tally_up(struct transaction *slot, struct tally *tally)
 {
 	struct series_key *key = &tally->key;
@@ -268,7 +323,7 @@ static __always_inline void tally_up(struct transaction *slot, struct tally *tal
 	key->rcode = slot->response_flags ? bpf_ntohs(slot->response_flags) & 15 : NO_RCODE;
 	key->status = slot->status;
 	if (!answered && tally->last_kind == HOP_DROP)
-		key->status = STATUS_DROPPED;
+		key->status = dropped_or_refused(slot);
 	key->protocol = slot->protocol;
 	key->pad[0] = key->pad[1] = 0;
 	series = series_for(tally);

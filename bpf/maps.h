@@ -114,12 +114,15 @@ BPF_TABLE("lru_hash", u64, u8, serving_cgroups, 1024);
 #define SERIES 1
 #define BUCKETS 1
 #endif
+#define SERIES_PER_CLIENT (SERIES / 8)
 
 /*
  * Not per CPU: with many of them that would be far more memory than the counts
  * need, and DNS is too rare for CPUs to meet at one bucket.
  */
 BPF_TABLE("hash", struct series_key, struct series, all_series, SERIES);
+/* How many series each client has begun since user space last made room, by client_number. */
+BPF_TABLE("lru_hash", u64, u32, series_begun, 1024);
 BPF_TABLE("hash", struct bucket_key, u64, buckets, BUCKETS);
 
 /* When a server last asked somebody, by what. */
@@ -163,8 +166,10 @@ struct message {
 	u8 family;
 	u8 protocol;
 	u8 unreachable; /* an ICMP error that carries the query back */
-	/* What it belongs to. Here because the verifier then does not follow it; see forgotten. */
+	/* What it belongs to and does. Here because the verifier then does not follow it; see forgotten. */
 	volatile struct found found;
+	volatile u32 variant;
+	volatile u32 outcome; /* enum status, of the transaction that it ends */
 };
 
 /* What is left of a segment to send; see forgotten. */
@@ -185,6 +190,7 @@ struct tally {
 	volatile u64 query_kind, query_flow, response_kind, response_flow;
 	volatile u64 last_kind;
 	struct series_key key;
+	struct series_key other; /* what stands for it where there is no room */
 	struct bucket_key bucket;
 	struct series fresh; /* all 0 but its id */
 };

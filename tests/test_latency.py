@@ -24,6 +24,7 @@ from tests.programs import (
     OTHER_NODE,
     RECEIVE,
     SEND,
+    SLOTS,
     Programs,
     compiled_programs,
     loaded_programs,
@@ -31,7 +32,16 @@ from tests.programs import (
 from tracer.kernel import bpf
 from tracer.kernel.aggregates import OVERFLOW_IDS, Aggregates, Counted
 from tracer.kernel.session import Keeping
-from tracer.record import BUCKET_KEY, Counter, SeriesKind, Stage, Status
+from tracer.record import (
+    BUCKET_KEY,
+    SERIES_KEY,
+    BackendKnown,
+    Counter,
+    SeriesKind,
+    Stage,
+    Status,
+)
+from tracer.record import SERIES as SERIES_DTYPE
 from tracer.stages import ERROR, bounds, buckets_of, quantile, stage_times
 from tracer.tally import Tally
 
@@ -42,7 +52,7 @@ if TYPE_CHECKING:
 
     from tracer.record import HopKind
 
-SERIES = 64
+SERIES = 256
 TYPES = (1, 28, 12, 33, 99)
 RCODES = (0, 3, 2)
 POD = FLOW._replace(server="10.244.2.2")  # after DNAT
@@ -181,21 +191,42 @@ def test_query_that_is_refused_is_counted_without_a_time(
     assert len(found.counts) == 0
 
 
-def test_query_that_its_client_repeats_leaves_to_be_counted_outside(
+def test_query_that_its_client_repeats_is_counted_whether_it_leaves_or_not(
     kernel: Programs, counted: Aggregates
 ) -> None:
-    kernel.session.keep(Keeping(share=0, notable_share=0))
     query = p.query_packet(dns_query())
     kernel.show(SEND, query)
     time.sleep(0.002)
     kernel.show(SEND, query)
-    assert not canonical(counted.read())
+    found = canonical(counted.read())
     record = kernel.record()
     assert record.status == Status.TIMEOUT
-    found = tallied([record.batch])
-    assert found.keys["status"].tolist() == [Status.TIMEOUT]
-    assert found.series["count"].tolist() == [1]
-    assert len(found.counts) == 0
+    assert found == canonical(tallied([record.batch]))
+    kernel.session.keep(Keeping(share=0, notable_share=0))
+    time.sleep(0.002)
+    kernel.show(SEND, query)
+    assert kernel.records() == []
+    again = counted.read()
+    assert Tallies(again.keys["status"][again.series["count"] > 0].tolist()) == {Status.TIMEOUT: 1}
+    assert again.series["count"].sum() == 2
+    assert len(again.counts) == 0
+
+
+def test_query_is_counted_that_loses_its_slot_to_another(
+    kernel: Programs, counted: Aggregates
+) -> None:
+    """As in an outage: no answers, and more queries than there are slots."""
+    more = 40
+    for number in range(SLOTS + more):
+        flow = FLOW._replace(client_port=1024 + number)
+        kernel.show(SEND, p.query_packet(dns_query(dns_id=number), flow))
+    found = counted.read()
+    told = found.series["count"] > 0
+    assert found.keys["status"][told].tolist() == [Status.EVICTED]
+    assert found.series["count"][told].tolist() == [more]
+    assert Counter.TABLE_FULL not in kernel.counted()
+    assert kernel.records() == []
+    assert len(kernel.session.table.expire(1 << 62)) == SLOTS
 
 
 def test_only_what_is_slow_or_failed_leaves(kernel: Programs, counted: Aggregates) -> None:
@@ -233,14 +264,57 @@ def test_what_finds_no_series_is_counted_all_the_same(
     kernel: Programs, counted: Aggregates
 ) -> None:
     for number in range(SERIES * 2):
-        flow = FLOW._replace(server=f"10.96.1.{number}")
+        flow = FLOW._replace(server=f"10.96.{number >> 8}.{number & 255}")
         walk(kernel, [(SEND, NODE, flow), (RECEIVE, NODE, flow)], number, 1, 0)
         kernel.records()
     found = counted.read()
     of_questions = found.keys["kind"] == SeriesKind.OF_QUESTIONS
     assert found.series["count"][of_questions].sum() == SERIES * 2
-    overflow = np.isin(found.series["id"], OVERFLOW_IDS) & ~of_questions
+    assert found.series["count"][~of_questions].sum() == SERIES * 2
+    overflow = found.keys["backend"] == BackendKnown.OVERFLOW
     assert kernel.counted()[Counter.SERIES_FULL] == found.series["count"][overflow].sum() > 0
+    # It is its client's own, who has taken no more than a share of the room.
+    (client,) = {key["client_addr"].tobytes() for key in found.keys[found.series["count"] > 0]}
+    assert client != bytes(16)
+    assert 0 < (~overflow).sum() <= SERIES // 8 + 1
+
+
+def test_client_that_asks_ever_more_servers_leaves_room_for_others(
+    kernel: Programs, counted: Aggregates
+) -> None:
+    """Clients on other machines are one, here, and this process is another."""
+    for number in range(SERIES * 2):
+        flow = POD._replace(server=f"10.245.{number >> 8}.{number & 255}")
+        walk(kernel, [(INGRESS, NODE, flow), (RECEIVE, NODE, flow)], number, 1, 0)
+    walk(kernel, WAYS["sockets alone"], 7, 1, 0)
+    found = counted.read()
+    told = (found.series["count"] > 0) & (found.keys["netns"] != 0)
+    assert sorted(found.keys["kind"][told].tolist()) == [0, 1]
+    assert BackendKnown.OVERFLOW not in found.keys["backend"][told].tolist()
+    # Once user space has made room, anybody may begin more.
+    counted.forget(found, 0)
+    flow = POD._replace(server="10.244.4.1")
+    walk(kernel, [(INGRESS, NODE, flow), (RECEIVE, NODE, flow)], 8, 1, 0)
+    now = counted.read()
+    fresh = ~np.isin(now.series["id"], found.series["id"])
+    assert now.keys["backend"][fresh].tolist() == [BackendKnown.KNOWN] * 2
+
+
+def test_what_finds_no_room_of_its_clients_own_is_counted_with_all_others(
+    kernel: Programs, counted: Aggregates
+) -> None:
+    for number in range(SERIES - len(OVERFLOW_IDS)):
+        key = np.zeros(1, SERIES_KEY)
+        key["cgroup_id"] = 1 << 40 | number
+        bpf.map_update(
+            kernel.session.built.map_fds["all_series"], key.tobytes(), bytes(SERIES_DTYPE.itemsize)
+        )
+    walk(kernel, WAYS["sockets alone"], 1, 1, 0)
+    found = counted.read()
+    told = found.series["count"] > 0
+    assert set(found.series["id"][told].tolist()) < set(OVERFLOW_IDS)
+    assert sorted(found.keys["kind"][told].tolist()) == [0, 1]
+    assert kernel.counted()[Counter.SERIES_FULL] == 2
 
 
 def test_what_finds_no_bucket_is_counted_as_such(kernel: Programs, counted: Aggregates) -> None:

@@ -38,6 +38,7 @@ class Status(IntEnum):
     TIMEOUT = 2
     REFUSED = 3
     DROPPED = 4  # of series alone: that of a slot is told by its last hop
+    EVICTED = 5  # of series alone
 
 
 class Counter(IntEnum):
@@ -57,7 +58,8 @@ class Counter(IntEnum):
     NOT_KEPT = 11
     SKIPPED = 12
     SERIES_FULL = 13
-    BUCKETS_FULL = 14
+    EVICTED = 14
+    BUCKETS_FULL = 15
 
 
 class Stage(IntEnum):
@@ -88,7 +90,7 @@ class BackendKnown(IntEnum):
     UNKNOWN = 0
     KNOWN = 1
     AS_ASKED = 2
-    OVERFLOW = 3
+    OVERFLOW = 3  # who was asked is not told, for lack of room
 
 
 class Wanted(IntEnum):

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 SERIES_MAX = 4096
+SERIES_PER_CLIENT = SERIES_MAX // 8
 BUCKETS_MAX = 65_536  # of all series together
 
 _NO_RCODE = 255
@@ -55,14 +56,15 @@ class _Own:
 class Tally:
     """Series and buckets of our own.
 
-    Where there is no room for a series, one for all such counts instead (`overflowed`). Where there
-    is none for a bucket, a time is left out (`untimed`).
+    Where there is no room for a series, or its client has begun too many, one for all such counts
+    instead (`overflowed`). Where there is none for a bucket, a time is left out (`untimed`).
     """
 
     def __init__(self, drop_reasons: Mapping[int, str]) -> None:
         self._no_socket = no_socket(drop_reasons)
         self._all: dict[bytes, _Own] = {}
         self._ids = itertools.count()
+        self._begun: Counter[tuple[int, int]] = Counter()  # series, by cgroup id and netns
         self._buckets = 0  # of all series together
         self.overflowed = 0
         self.untimed = 0
@@ -111,22 +113,30 @@ class Tally:
         }
         for key in gone:
             self._buckets -= len(self._all.pop(key).buckets)
+        self._begun.clear()
         return set(gone.values())
 
     def _counted(self, key: np.void, last_ns: int) -> _Own:
         """The series of that key, counted once more."""
-        name = key.tobytes()
-        series = self._all.get(name)
-        if series is None:
-            if len(self._all) >= SERIES_MAX - len(OVERFLOW_IDS):
-                self.overflowed += 1
-                name = overflow_key(int(key["kind"]), int(key["status"]))
-                series = self._all.get(name)
-            if series is None:
-                series = self._all[name] = _Own(next(self._ids))
+        series = self._all.get(key.tobytes()) or self._begin(key)
         series.count += 1
         series.last_ns = max(series.last_ns, last_ns)
         return series
+
+    def _begin(self, key: np.void) -> _Own:
+        """The series of that key, or what stands for it; as series_for in bpf/latency.h."""
+        client = int(key["cgroup_id"]), int(key["netns"])
+        room = SERIES_MAX - len(OVERFLOW_IDS) - len(self._all)
+        if room > 0 and self._begun[client] < SERIES_PER_CLIENT:
+            self._begun[client] += 1
+            return self._all.setdefault(key.tobytes(), _Own(next(self._ids)))
+        self.overflowed += 1
+        kind, status = int(key["kind"]), int(key["status"])
+        others = overflow_key(kind, status, key), overflow_key(kind, status)
+        for name in others:
+            if name in self._all:
+                return self._all[name]
+        return self._all.setdefault(others[room <= 0], _Own(next(self._ids)))
 
     def _time(self, series: _Own, stage: int, ns: int) -> None:
         key = stage, int(buckets_of(np.array([ns]))[0])

@@ -98,7 +98,7 @@ def labels_wanted(filters: Filters, identities: Identities) -> Callable[[Labels]
     predicate = filters.predicate(identities.labels)
 
     def wanted(labels: Labels) -> bool:
-        if labels.overflow:
+        if labels.overflow and labels.pod is None:
             return filters.is_open
         return predicate(_as_transaction(labels))
 

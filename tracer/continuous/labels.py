@@ -37,17 +37,20 @@ class Labels(NamedTuple):
     rcode: str | None = None
     status: str = "answered"
     protocol: str | None = None
-    overflow: bool = False  # all that found no room, whoever asked
+    overflow: bool = False  # all of that client, or of every one, that found no room
 
 
 def labels_of(key: np.void, names: Names) -> Labels:
     """Names for a SERIES_KEY."""
     of_stages = key["kind"] == SeriesKind.OF_STAGES
     status = Status(int(key["status"])).name.lower()
-    if key["backend"] == BackendKnown.OVERFLOW:
+    overflow = bool(key["backend"] == BackendKnown.OVERFLOW)
+    if overflow and not key["cgroup_id"] and not key["netns"]:
         return Labels(of_stages, status=status, overflow=True)
     client_ip = ip_text(key["client_addr"].tobytes()) if key["netns"] else ""
     namespace, pod, container, _ = names.client(int(key["cgroup_id"]), int(key["netns"]), client_ip)
+    if overflow:
+        return Labels(of_stages, namespace, pod, container, status=status, overflow=True)
     server_ip = ip_text(key["server_addr"].tobytes())
     server_port = int(key["server_port"])
     service = None if of_stages else names.service(server_ip, server_port)

@@ -16,8 +16,10 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _COUNT = np.dtype("u8")
+_CLIENT = np.dtype("u8")
+_BEGUN = np.dtype("u4")
 # The series that stand for all that found no room, by id: one for each outcome.
-_ENDS = (Status.ANSWERED, Status.TIMEOUT, Status.REFUSED, Status.DROPPED)
+_ENDS = (Status.ANSWERED, Status.TIMEOUT, Status.REFUSED, Status.DROPPED, Status.EVICTED)
 _OVERFLOW = {
     **{int(status): (SeriesKind.OF_QUESTIONS, status) for status in _ENDS},
     len(Status): (SeriesKind.OF_STAGES, Status.ANSWERED),
@@ -25,10 +27,13 @@ _OVERFLOW = {
 OVERFLOW_IDS = tuple(_OVERFLOW)
 
 
-def overflow_key(kind: int, status: int) -> bytes:
-    """SERIES_KEY of the series that stands for others."""
+def overflow_key(kind: int, status: int, client: np.void | None = None) -> bytes:
+    """SERIES_KEY of the series that stands for others: of the client of that key, or of all."""
     key = np.zeros(1, SERIES_KEY)
     key["kind"], key["status"], key["backend"] = kind, status, BackendKnown.OVERFLOW
+    if client is not None:
+        for name in ("cgroup_id", "netns", "client_addr"):
+            key[name] = client[name]
     return key.tobytes()
 
 
@@ -48,6 +53,7 @@ class Aggregates:
     def __init__(self, map_fds: Mapping[str, int]) -> None:
         self._series = map_fds["all_series"]
         self._buckets = map_fds["buckets"]
+        self._begun = map_fds["series_begun"]
         for number, (kind, status) in _OVERFLOW.items():
             series = np.zeros(1, SERIES)
             series["id"] = number
@@ -70,7 +76,8 @@ class Aggregates:
 
         `counted` is what was read last; what has been counted since keeps its series. A series goes
         before its buckets do: should a transaction just be counted there, it finds a series of that
-        name begun anew, and a bucket that comes too late goes the next time.
+        name begun anew, and a bucket that comes too late goes the next time. Every client may begin
+        as many series again as it may at a time.
         """
         series = counted.series
         idle = (series["last_ns"] < before_ns) & ~np.isin(series["id"], [*OVERFLOW_IDS, *spare])
@@ -84,4 +91,7 @@ class Aggregates:
         there = np.array([n for n in series["id"].tolist() if n not in gone], np.uint64)
         for key in counted.bucket_keys[~np.isin(counted.bucket_keys["id"], there)]:
             bpf.map_delete(self._buckets, key.tobytes())
+        clients, _ = bpf.map_items(self._begun, _CLIENT.itemsize, _BEGUN.itemsize)
+        for client in np.frombuffer(clients, _CLIENT):
+            bpf.map_delete(self._begun, client.tobytes())
         return gone
