@@ -240,7 +240,11 @@ class Programs:
         self.segments()
         self.forget_connections()
         self.session.keep(KEEP_ALL)
-        for name, size in (("all_series", SERIES_KEY.itemsize), ("buckets", BUCKET_KEY.itemsize), ("series_begun", 8)):
+        for name, size in (
+            ("all_series", SERIES_KEY.itemsize),
+            ("buckets", BUCKET_KEY.itemsize),
+            ("series_begun", 8),
+        ):
             for key in list(bpf.map_keys(self.session.built.map_fds[name], size)):
                 bpf.map_delete(self.session.built.map_fds[name], key)
         for memory in ("variant_last_ns", "crowded_last_ns"):

@@ -12,6 +12,7 @@ import pytest
 from tracer.continuous.book import Book, Entry, statuses
 from tracer.continuous.budget import Budget
 from tracer.continuous.labels import Labels
+from tracer.continuous.rows import histogram_rows
 from tracer.kernel.aggregates import Counted
 from tracer.kernel.session import Keeping
 from tracer.record import (
@@ -23,6 +24,7 @@ from tracer.record import (
     Stage,
     Status,
 )
+from tracer.stages import ERROR, buckets_of
 
 CGROUP = 77
 ADDRESS = bytes(10) + b"\xff\xff" + bytes([10, 96, 0, 10])
@@ -126,6 +128,42 @@ def test_each_reading_gives_what_has_come_since_the_one_before(kernel: Kernel) -
     assert histogram.max_ns == 900
 
 
+def test_longest_is_of_its_reading(kernel: Kernel) -> None:
+    reader, _ = book()
+    kernel.begin(1)
+    found = []
+    for ns in (3_000_000_000, 1_000_000, 4_000_000_000, 2_000_000):
+        kernel.count(1, ns, int(buckets_of(np.array([ns]))[0]))
+        ((_, entry),) = reader.take(kernel.read())
+        found.append(entry.times[Stage.TOTAL].max_ns)
+    assert (found[0], found[2]) == (3_000_000_000, 4_000_000_000)
+    assert 1_000_000 <= found[1] <= 1_000_000 * (1 + 2 * ERROR)
+    assert 2_000_000 <= found[3] <= 2_000_000 * (1 + 2 * ERROR)
+
+
+def test_time_that_is_counted_between_buckets_and_series_is_whole_in_two_readings(
+    kernel: Kernel,
+) -> None:
+    reader, _ = book()
+    kernel.begin(1)
+    kernel.count(1, 1000, int(buckets_of(np.array([1000]))[0]))
+    list(reader.take(kernel.read()))
+    before = kernel.read()
+    kernel.count(1, 5_000_000, int(buckets_of(np.array([5_000_000]))[0]))
+    after = kernel.read()
+    torn = Counted(after.keys, after.series, before.bucket_keys, before.counts)
+    ((labels, first),) = reader.take(torn)
+    ((_, second),) = reader.take(after)
+    rows = [
+        histogram_rows(labels, entry, n * 10**9, (n + 1) * 10**9)[0]
+        for n, entry in enumerate((first, second))
+    ]
+    assert [(row["count"], row["timed"]) for row in rows] == [(1, 0), (0, 1)]
+    assert [row["sum_ns"] for row in rows] == [5_000_000, 0]
+    assert rows[0]["max_ns"] == 5_000_000
+    assert rows[1]["max_ns"] in (5_000_000, None)
+
+
 def test_stages_are_told_apart_by_who_asked_and_who_answered_alone(kernel: Kernel) -> None:
     reader, _ = book()
     kernel.begin(1001, kind=SeriesKind.OF_STAGES)
@@ -145,12 +183,15 @@ def test_what_the_service_address_hides_is_unknown(kernel: Kernel) -> None:
     kernel.begin(1, backend=BackendKnown.AS_ASKED, backend_addr=np.void(ADDRESS))
     kernel.begin(2, backend=BackendKnown.UNKNOWN)
     kernel.begin(3, backend=BackendKnown.OVERFLOW)
-    for number in (1, 2, 3):
+    kernel.begin(4, backend=BackendKnown.OVERFLOW, cgroup_id=0)
+    for number in (1, 2, 3, 4):
         kernel.count(number, 1, 1)
     found = [labels for labels, _ in reader.take(kernel.read())]
-    assert [labels.backend_ip for labels in found] == [None, None, None]
-    assert [labels.overflow for labels in found] == [False, False, True]
-    assert found[2].pod is None
+    assert [labels.backend_ip for labels in found] == [None] * 4
+    assert [labels.overflow for labels in found] == [False, False, True, True]
+    # Of a client that asked for too much, and of all.
+    assert [labels.pod for labels in found[2:]] == ["web-0", None]
+    assert [labels.server_ip for labels in found[2:]] == [None, None]
 
 
 def test_name_that_comes_late_is_waited_for_and_nothing_is_lost(kernel: Kernel) -> None:

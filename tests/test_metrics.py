@@ -10,9 +10,11 @@ import random
 import re
 import socket
 import subprocess
+import threading
 import time
 import urllib.parse
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -153,10 +155,67 @@ def test_who_has_gone_makes_room_for_others(monkeypatch: pytest.MonkeyPatch) -> 
     assert {k["pod"] for k, _ in samples(text, "dnstrace_stage_seconds_count")} == {"new"}
 
 
-def test_what_the_kernel_had_no_room_for_is_called_so() -> None:
-    text = scraped((Labels(False, overflow=True), entry(count=4)))
+def test_client_that_asks_whoever_it_likes_leaves_room_for_others() -> None:
+    evil = WEB._replace(namespace="evil", pod="e", service=None)
+    made = figures(
+        *((evil._replace(server_ip=f"192.0.2.{n // 250}.{n % 250}"), entry(1000)) for n in range(2000)),
+        *((WEB._replace(pod=f"p{n}"), entry(1000)) for n in range(50)),
+    )  # fmt: skip
+    with served(made) as port:
+        told = samples(get(port)[1], "dnstrace_transactions_total")
+    assert {k["pod"] for k, _ in told} == {"e", *(f"p{n}" for n in range(50))}
+    of_evil = [(k["server"], n) for k, n in told if k["pod"] == "e"]
+    assert sum(n for _, n in of_evil) == 2000
+    assert len(of_evil) <= metrics.LATENCIES_MAX // metrics.SHARE + 1
+    assert dict(of_evil)["(other)"] > 1000
+
+
+@pytest.mark.parametrize("pod", [None, "web-0"])
+def test_what_the_kernel_had_no_room_for_is_called_so(pod: str | None) -> None:
+    namespace = "sre" if pod else None
+    text = scraped(
+        (Labels(False, namespace, pod, overflow=True), entry(count=4)),
+        (Labels(True, namespace, pod, overflow=True), entry(9, stage=Stage.NODE)),
+    )
     ((labels, number),) = samples(text, "dnstrace_transactions_total")
-    assert (labels["pod"], labels["namespace"], number) == ("(other)", "(other)", 4)
+    assert (labels["pod"], labels["namespace"]) == (pod or "(other)", namespace or "(other)")
+    assert (labels["server"], labels["backend"], number) == ("(other)", "(other)", 4)
+    ((labels, _),) = samples(text, "dnstrace_stage_seconds_count")
+    assert (labels["pod"], labels["backend"]) == (pod or "(other)", "(other)")
+
+
+def test_many_scrapes_cost_as_much_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = figures((WEB, entry(1000)))
+    copies: list[Figures] = []
+    copy = Figures._copy
+
+    def counted(self: Figures) -> Any:
+        copies.append(self)
+        return copy(self)
+
+    monkeypatch.setattr(Figures, "_copy", counted)
+    with served(made) as port:
+        with ThreadPoolExecutor(16) as pool:
+            answers = list(pool.map(lambda _: get(port), range(64)))
+        assert {status for status, _ in answers} == {200}
+        assert len({text for _, text in answers}) == 1
+        assert len(copies) == 1
+        made.add([(WEB, entry(1000))])
+        assert samples(get(port)[1], "dnstrace_transactions_total")[0][1] == 2
+        assert len(copies) == 2
+
+
+def test_server_outlives_that_no_thread_can_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none_left(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with served(figures()) as port:
+        with monkeypatch.context() as without:
+            without.setattr(threading.Thread, "start", none_left)
+            for _ in range(100):
+                with pytest.raises((OSError, http.client.HTTPException)):
+                    get(port, "/healthz")
+        assert get(port, "/healthz") == (200, "ok\n")
 
 
 @pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))

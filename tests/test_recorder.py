@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import duckdb
@@ -18,7 +19,6 @@ from tracer.continuous.recorder import Recorder, RecorderError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from pathlib import Path
 
 HOSTILE = [
     "\x1b[31mred\x07", "<script>alert(1)</script>", "quote\"'`", "line\nfeed\r\0", "x" * 255,
@@ -233,9 +233,81 @@ def test_failed_conversion_is_tried_again_and_costs_nothing_else(
     assert (one.rows, one.given_up) == (3, 0)
 
 
-def test_what_is_given_up_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_journal_that_no_file_can_be_made_of_is_left_for_the_next_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("tracer.continuous.recorder._RETRY_S", 0.0)
     monkeypatch.setattr(sys, "executable", "/bin/false")
+    told: list[str | None] = []
+    one = recorder(tmp_path, told=told)
+    one.write("transactions", [transaction(1)])
+    one.rotate()
+    look_until(one, lambda: not one._waiting and not one._converting)
+    one.write("transactions", [transaction(2)])
+    began_s = time.monotonic()
+    one.close()
+    assert time.monotonic() - began_s < 5
+    assert not list(tmp_path.glob("*.parquet"))
+    assert one.given_up == 0
+    assert len(list(tmp_path.glob(".journal-*"))) == 2
+    monkeypatch.undo()
+    recorder(tmp_path).close()
+    assert sorted(rows(tmp_path, what="id")) == [(1,), (2,)]
+    assert list(tmp_path.glob(".journal-*")) == []
+
+
+def test_journals_that_are_left_count_among_what_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tracer.continuous.recorder._RETRY_S", 0.0)
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    one = recorder(tmp_path, size_max=3000)
+    for n in range(8):
+        one.write("transactions", [transaction(n, "x" * 1000)])
+        one.rotate()
+        look_until(one, lambda: not one._waiting and not one._converting)
+    one._make_room()
+    assert 1 <= len(list(tmp_path.glob(".journal-*"))) < 3
+    one.close()
+
+
+def test_nothing_is_imported_from_where_it_is_started(tmp_path: Path) -> None:
+    (tmp_path / "cwd").mkdir()
+    for module in ("duckdb", "resource", "tracer"):
+        (tmp_path / "cwd" / f"{module}.py").write_text("open('imported', 'w').close()")
+    code = (
+        "import sys, time; from pathlib import Path; from tests.test_recorder import *; "
+        f"one = recorder(Path({str(tmp_path / 'rec')!r})); "
+        "one.write('transactions', [transaction(1)]); one.close()"
+    )
+    root = Path(__file__).parents[1]
+    subprocess.run(
+        [sys.executable, "-P", "-c", code],
+        check=True,
+        cwd=tmp_path / "cwd",
+        env={**os.environ, "PYTHONPATH": str(root)},
+    )
+    assert len(rows(tmp_path / "rec")) == 1
+    assert not (tmp_path / "cwd" / "imported").exists()
+
+
+def test_what_is_being_converted_is_not_ended_with_the_process_group(tmp_path: Path) -> None:
+    """As Ctrl-C does, and systemd where it is not told otherwise."""
+    one = recorder(tmp_path)
+    for n in range(5000):
+        one.write("transactions", [transaction(n)])
+    one.rotate()
+    assert one._converting
+    assert os.getpgid(one._converting[0].pid) != os.getpgid(0)
+    one.close()
+    assert len(rows(tmp_path)) == 5000
+
+
+def test_what_is_given_up_is_counted(small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is no room for anything else."""
+    monkeypatch.setattr("tracer.continuous.recorder._RETRY_S", 0.0)
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    tmp_path = small_disk
     one = recorder(tmp_path)
     one.write("transactions", [transaction(1), transaction(2)])
     one.rotate()

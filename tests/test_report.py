@@ -17,6 +17,7 @@ from rich.cells import cell_len
 
 from tests.recordings import START_NS, Made, record
 from tests.test_recorder import HOSTILE
+from tracer.continuous.recorder import Recorder
 from tracer.filters import Filters
 from tracer.report.export import to_json
 from tracer.report.figures import SHARES
@@ -297,6 +298,37 @@ def test_latency_of_a_minute_is_in_a_sample_too(tmp_path: Path) -> None:
         path.unlink()
     report = make([tmp_path], Filters())
     assert report.total.quantiles[0] == 1 << 36
+
+
+def test_directories_say_nothing_of_what_is_in_the_files(tmp_path: Path) -> None:
+    """As nodes' recordings are often collected."""
+    for directory in ("node=7", "status=old", "node=worker-1"):
+        record(tmp_path / directory, [Made(latency_ns=1000)])
+    paths = [tmp_path / name for name in ("node=7", "status=old", "node=worker-1")]
+    report = make(paths, Filters())
+    assert report.transactions == 3
+    assert report.coverage.unreadable == []
+    assert report.nodes == ["node-1"]
+    assert dict(report.statuses) == {"answered": 3}
+
+
+def test_time_and_its_bucket_may_come_in_two_intervals(tmp_path: Path) -> None:
+    recorder = Recorder(
+        tmp_path, "node-1", rotate_s=1e9, size_max=1 << 50, age_max_s=1e12, tell=lambda _: None
+    )
+    bucket = {"lower_ns": 4_980_736, "upper_ns": 5_242_880, "count": 1}
+    common = {"stage": "total", "status": "answered", "rcode": "NOERROR"}
+    rows: list[dict[str, Any]] = [
+        {"count": 1, "timed": 0, "sum_ns": 5_000_000, "max_ns": 5_000_000, "buckets": []},
+        {"count": 0, "timed": 1, "sum_ns": 0, "max_ns": None, "buckets": [bucket]},
+    ]
+    for n, more in enumerate(rows):
+        times = {"time_start_ns": START_NS + n, "time_end_ns": START_NS + n + 1}
+        recorder.write("histograms", [{**common, **times, **more}])
+    recorder.close()
+    total = make([tmp_path], Filters()).total
+    assert (total.count, total.sum_ns, total.max_ns) == (1, 5_000_000, 5_000_000)
+    assert total.quantiles[0] == 5_000_000
 
 
 def test_damaged_file_costs_itself_alone(tmp_path: Path, many: Path) -> None:

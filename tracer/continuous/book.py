@@ -16,6 +16,7 @@ import numpy as np
 
 from tracer.continuous.labels import Labels, labels_of, renewed
 from tracer.record import Stage
+from tracer.stages import bounds
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -30,7 +31,11 @@ _SPREAD_PLACES = np.uint64(0xC2B2AE3D27D4EB4F)
 
 @dataclass(slots=True)
 class Histogram:
-    """Times, in buckets (number: count; see stages.bounds). Nanoseconds."""
+    """Times, in buckets (number: count; see stages.bounds). Nanoseconds.
+
+    `max_ns` is exact, or where a longer time came earlier, no less than the longest of these and
+    less than the next bucket's. 0: not known.
+    """
 
     counts: Counter[int] = field(default_factory=Counter)
     sum_ns: int = 0
@@ -73,6 +78,7 @@ class _Known:
 
     count: int = 0
     sums: list[int] = field(default_factory=lambda: [0] * len(Stage))
+    maxima: list[int] = field(default_factory=lambda: [0] * len(Stage))
     labels: Labels | None = None
     version: int = 0  # of the inventory that the labels are from
     unnamed: Entry | None = None  # what waits for the name
@@ -118,8 +124,9 @@ class Book:
                 if sums[row][stage] != known.sums[stage]:
                     histogram = entry.times.setdefault(stage, Histogram())
                     histogram.sum_ns = sums[row][stage] - known.sums[stage]
-                    histogram.max_ns = maxima[row][stage]
-            known.count, known.sums = counts[row], sums[row]
+            for stage, histogram in entry.times.items():
+                histogram.max_ns = _longest(histogram, known.maxima[stage], maxima[row][stage])
+            known.count, known.sums, known.maxima = counts[row], sums[row], maxima[row]
             yield from self._named(known, counted.keys[row], entry, last=last)
 
     def _named(
@@ -179,6 +186,13 @@ class Book:
         ):
             fresh.setdefault(number, []).append((stage, bucket, more))
         return fresh
+
+
+def _longest(times: Histogram, before_ns: int, ever_ns: int) -> int:
+    """Of these times: the kernel keeps the longest ever, which is theirs if there is a new one."""
+    if ever_ns > before_ns or not times.counts:
+        return ever_ns if ever_ns > before_ns else 0
+    return min(bounds(max(times.counts))[1] - 1, ever_ns)
 
 
 def statuses(entries: Iterable[tuple[Labels, Entry]]) -> Counter[str]:

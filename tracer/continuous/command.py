@@ -11,7 +11,7 @@ from tracer.continuous.budget import Budget
 from tracer.continuous.log import log
 from tracer.continuous.loop import Continuous, cpu_s
 from tracer.continuous.metrics import STALE_S, Figures, Server
-from tracer.continuous.recorder import Recorder
+from tracer.continuous.recorder import Recorder, RecorderError
 from tracer.kernel.session import Keeping
 from tracer.transaction import Backend as TransactionBackend
 from tracer.transaction import Client, Transaction
@@ -91,6 +91,8 @@ def measure(args: argparse.Namespace, around: Surroundings, directory: Path) -> 
     loop = _loop(args, around, Figures(), recorder, budget)
     loop.interval_s = _WINDOW_INTERVAL_S
     loop.run()
+    if recorder.problem is not None:
+        raise RecorderError(f"the report would not be complete: {recorder.problem}")
 
 
 def labels_wanted(filters: Filters, identities: Identities) -> Callable[[Labels], bool]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import sys
 import time
+from contextlib import suppress
 from typing import Literal
 
 import orjson
@@ -16,12 +17,12 @@ Level = Literal["info", "warning", "error"]
 
 def log(level: Level, message: str, **more: str | float | None) -> None:
     """Tells of it. Nobody reading must not end tracing."""
-    line = orjson.dumps(
-        {"time": rfc3339(time.time_ns()), "level": level, "msg": message, **more},
-        option=orjson.OPT_APPEND_NEWLINE,
-    )
-    try:
-        sys.stderr.buffer.write(line)
+    told = {"time": rfc3339(time.time_ns()), "level": level, "msg": message, **more}
+    # Paths may have bytes that are no text: Python's lone surrogates, which JSON has not.
+    clean = {
+        key: value.encode("utf-8", "replace").decode() if isinstance(value, str) else value
+        for key, value in told.items()
+    }
+    with suppress(AttributeError, OSError, ValueError):  # there may be no stderr
+        sys.stderr.buffer.write(orjson.dumps(clean, option=orjson.OPT_APPEND_NEWLINE))
         sys.stderr.buffer.flush()
-    except (OSError, ValueError):
-        pass

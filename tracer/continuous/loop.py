@@ -35,7 +35,8 @@ from tracer.late_names import LateNames
 from tracer.record import Counter as Count
 from tracer.record import Status
 from tracer.run import Totals, losses
-from tracer.slots import slots_of
+from tracer.slots import no_socket, slots_of
+from tracer.slots import statuses as statuses_of
 from tracer.stages import stage_times
 from tracer.tally import Tally
 
@@ -199,6 +200,13 @@ class Continuous:
         slots_of(left)["weight"] = weights[weights > 0]
         self._record(left)
 
+    def _own_but_waiting(self, records: NDArray[np.void]) -> None:
+        """The same at the end, when what still waits for its answer has not failed."""
+        told = statuses_of(slots_of(records), no_socket(self.session.built.drop_reasons))
+        waiting = np.array([status == "timeout" for status in told], bool)
+        self.totals.unanswered_at_end += int(waiting.sum())
+        self._own(records[~waiting])
+
     def _record(self, records: NDArray[np.void]) -> None:
         """Hands on to the recorder, in a moment if a name is not known yet."""
         self._handled += len(records)
@@ -361,11 +369,10 @@ class Continuous:
             time.sleep(_LAST_ANSWERS_S)
         self.session.detach()
         self._read()
+        self._sweep(time.monotonic_ns())
         while len(waiting := self.session.table.expire(time.monotonic_ns())):
-            self.totals.unanswered_at_end += len(waiting)
-            self._own(waiting)
-        self.totals.unanswered_at_end += self._connections.waiting()
-        self._own(self._connections.flush())
+            self._own_but_waiting(waiting)
+        self._own_but_waiting(self._connections.flush())
         self.keep_up()
         self._name_late(0, at_once=True)
         self._reading(last=True)

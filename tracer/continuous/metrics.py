@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 LATENCIES_MAX = 1000  # histograms of transactions
 WAYS_MAX = 250  # of who asked and who answered, each with a histogram for every stage
+SHARE = 4  # of both, what one client may have: it chooses whom it asks for what
 FORGET_S = 900.0  # after which those that nothing is added to may go, when there is no room
 STALE_S = 30.0  # how old a reading may be at least
 # Powers of two, at which no bucket of ours has to be split: 65.5 µs to 8.59 s.
@@ -45,6 +46,7 @@ _OTHER = "(other)"
 _STATUSES = ("answered", "timeout", "dropped", "refused", "evicted")
 _AT_ONCE = 32  # requests; one more, and the oldest is cut off
 _THREADS_MAX = 2 * _AT_ONCE
+_FORMS_MAX = 4  # that the same is kept in
 _CLIENT = ("namespace", "pod")
 _LATENCY_LABELS = (*_CLIENT, "server", "backend", "type", "rcode", "protocol")
 _COUNT_LABELS = (*_LATENCY_LABELS, "status")
@@ -83,13 +85,20 @@ class Figures:
         self._ways: dict[tuple[str, ...], dict[Stage, Histogram]] = {}
         self._last_s: dict[tuple[str, ...], float] = {}  # when each was last added to
         self._has_made_room: set[int] = set()  # where looking again would find no more
+        # How many of each there are, by client: (kind, namespace, pod).
+        self._shares: Counter[tuple[Any, ...]] = Counter()
         self._health = Health()
         self._alive_s = 0.0
         self._is_ready = False
+        self._version = 0  # another one whenever anything has changed
+        self._render_lock = threading.Lock()
+        self._rendered: dict[str, bytes] = {}  # by content type, of one version
+        self._rendered_version = 0
 
     def add(self, entries: Iterable[tuple[Labels, Entry]]) -> None:
         """What has come in an interval."""
         with self._lock:
+            self._version += 1
             self._has_made_room.clear()
             for labels, entry in entries:
                 if labels.of_stages:
@@ -100,6 +109,7 @@ class Figures:
     def tell(self, health: Health, *, is_ready: bool) -> None:
         """That we are alive, and how we are."""
         with self._lock:
+            self._version += 1
             self._health = health
             self._is_ready = is_ready
             self._alive_s = time.monotonic()
@@ -112,6 +122,17 @@ class Figures:
     def is_ready(self) -> bool:
         """Whether programs are attached, and names known as far as they will be."""
         return self._is_ready and self.problem() is None
+
+    def rendered(self, content_type: str, render: Callable[[], bytes]) -> bytes:
+        """What `render` makes of all this, once for each change, however many ask for it."""
+        with self._render_lock:
+            version = self._version
+            if version != self._rendered_version or len(self._rendered) > _FORMS_MAX:
+                self._rendered.clear()
+                self._rendered_version = version
+            if content_type not in self._rendered:
+                self._rendered[content_type] = render()
+            return self._rendered[content_type]
 
     def collect(self) -> Iterator[Metric]:
         """All of it (prometheus_client's interface)."""
@@ -171,11 +192,7 @@ class Figures:
             _text(labels.rcode),
             _text(labels.protocol),
         )
-        if key not in self._latencies and len(self._latencies) >= LATENCIES_MAX:
-            self._forget(self._latencies)
-            if len(self._latencies) >= LATENCIES_MAX:
-                key = (_OTHER,) * len(_LATENCY_LABELS)
-        self._last_s[key] = time.monotonic()
+        key = self._with_room(self._latencies, key, LATENCIES_MAX, is_other=labels.overflow)
         self._counts[*key, labels.status] += entry.count
         histogram = self._latencies.setdefault(key, Histogram())
         if Stage.TOTAL in entry.times:
@@ -184,14 +201,29 @@ class Figures:
     def _add_way(self, labels: Labels, entry: Entry) -> None:
         backend = _pod(labels.backend_namespace, labels.backend_pod) or labels.backend_ip
         key: tuple[str, ...] = (*_client(labels), _text(backend))
-        if key not in self._ways and len(self._ways) >= WAYS_MAX:
-            self._forget(self._ways)
-            if len(self._ways) >= WAYS_MAX:
-                key = (_OTHER,) * len(key)
-        self._last_s[key] = time.monotonic()
+        key = self._with_room(self._ways, key, WAYS_MAX, is_other=labels.overflow)
         times = self._ways.setdefault(key, {})
         for stage, histogram in entry.times.items():
             times.setdefault(stage, Histogram()).add(histogram)
+
+    def _with_room(
+        self, among: dict[tuple[str, ...], Any], key: tuple[str, ...], most: int, *, is_other: bool
+    ) -> tuple[str, ...]:
+        """The key, or what stands for it: its client's for all that find no room, or that of all."""
+        client = key[: len(_CLIENT)]
+        others = (*client, *(_OTHER,) * (len(key) - len(client)))
+        if is_other:
+            key = others
+        if key not in among and len(among) >= most:
+            self._forget(among)
+        if key not in among and key != others and self._shares[id(among), *client] >= most // SHARE:
+            key = others
+        if key not in among and len(among) >= most:
+            key = (_OTHER,) * len(key)
+        if key not in among:
+            self._shares[id(among), *client] += 1
+        self._last_s[key] = time.monotonic()
+        return key
 
     def _forget(self, among: dict[tuple[str, ...], Any]) -> None:
         """Makes room: whoever has long asked nothing has gone, as a rule."""
@@ -201,29 +233,36 @@ class Figures:
         before_s = time.monotonic() - FORGET_S
         for key in [key for key in among if self._last_s.get(key, 0.0) < before_s]:
             del among[key]
+            self._shares[id(among), *key[: len(_CLIENT)]] -= 1
             self._last_s.pop(key, None)
             for status in _STATUSES:
                 self._counts.pop((*key, status), None)
+        self._shares += Counter()  # keeps no zeros
 
 
 class Server:
     """Answers scrapes and probes in threads of its own. Raises OSError if it cannot listen."""
 
     def __init__(self, host: str, port: int, figures: Figures) -> None:
-        from prometheus_client import CollectorRegistry, make_wsgi_app
+        from prometheus_client import CollectorRegistry
+        from prometheus_client.exposition import choose_encoder
 
         registry = CollectorRegistry(auto_describe=False)
         registry.register(figures)
-        metrics = make_wsgi_app(registry, disable_compression=True)
 
         def application(environ: dict[str, Any], start: Callable[..., Any]) -> Iterable[bytes]:
             path = environ.get("PATH_INFO", "/")
-            if path == "/metrics" and native.is_asked_for(environ.get("HTTP_ACCEPT", "")):
+            if environ.get("REQUEST_METHOD") != "GET":
+                start("405 Method Not Allowed", [("Allow", "GET")])
+                return []
+            accept = environ.get("HTTP_ACCEPT", "")
+            if path == "/metrics" and native.is_asked_for(accept):
                 start("200 OK", [("Content-Type", native.CONTENT_TYPE)])
-                return [figures.protobuf()]
+                return [figures.rendered(native.CONTENT_TYPE, figures.protobuf)]
             if path == "/metrics":
-                answer: Iterable[bytes] = metrics(environ, start)
-                return answer
+                encode, content_type = choose_encoder(accept)
+                start("200 OK", [("Content-Type", content_type)])
+                return [figures.rendered(content_type, lambda: encode(registry))]
             if path == "/healthz":
                 return _answer(start, figures.problem())
             if path == "/readyz":
@@ -278,16 +317,23 @@ class _Server(ThreadingMixIn, WSGIServer):
                 with suppress(OSError):
                     oldest.shutdown(socket.SHUT_RDWR)
             self._open[id(request)] = request
-        super().process_request(request, client_address)
+        try:
+            super().process_request(request, client_address)
+        except RuntimeError:  # no thread can be started just now
+            self._done_with(request)
+            self.shutdown_request(request)
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         """Gives the room back."""
         try:
             super().process_request_thread(request, client_address)
         finally:
-            with self._open_lock:
-                self._open.pop(id(request), None)
-            self._thread_room.release()
+            self._done_with(request)
+
+    def _done_with(self, request: Any) -> None:
+        with self._open_lock:
+            self._open.pop(id(request), None)
+        self._thread_room.release()
 
     def handle_error(self, *_: object) -> None:
         """Whoever asked has gone."""
@@ -335,7 +381,7 @@ def _classic(histogram: Histogram) -> list[tuple[str, float]]:
 
 
 def _client(labels: Labels) -> tuple[str, str]:
-    if labels.overflow:
+    if labels.overflow and labels.pod is None:
         return _OTHER, _OTHER
     return _text(labels.namespace), _text(labels.pod)
 
@@ -374,7 +420,11 @@ def _own(health: Health) -> Iterator[Metric]:
     for kind, number in health.unmatched.items():
         unmatched.add_metric((kind,), number)
     yield unmatched
-    yield counter("recorded_transactions", "Transactions that were recorded.", health.recorded)
+    yield counter(
+        "recorded_transactions",
+        "Transactions that were written; what was given up later is among the losses.",
+        health.recorded,
+    )
     yield counter(
         "unsampled_transactions", "Ordinary ones that are in the histograms alone.", health.not_kept
     )

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import struct
 from collections import Counter
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from tracer.stages import bounds, middle
@@ -71,11 +72,10 @@ def _native(counts: Mapping[int, int]) -> bytes:
     zero = 0
     by_index: Counter[int] = Counter()
     for bucket, count in counts.items():
-        low, high = bounds(bucket)
-        if not low:
+        if bucket:
+            by_index[_index(bucket)] += count
+        else:
             zero += count
-            continue
-        by_index[math.ceil(math.log2(middle(low, high) / 1e9) * _PER_OCTAVE - 1e-9)] += count
     body = _sint_field(5, SCHEMA) + _double(6, _ZERO_S) + _varint_field(7, zero)
     spans: list[list[int]] = []  # offset, length
     deltas = b""
@@ -95,6 +95,12 @@ def _native(counts: Mapping[int, int]) -> bytes:
     return body + _message(13, deltas)
 
 
+@lru_cache(1024)  # there are fewer buckets
+def _index(bucket: int) -> int:
+    """The exponential bucket for one of ours, which is not that of 0."""
+    return math.ceil(math.log2(middle(*bounds(bucket)) / 1e9) * _PER_OCTAVE - 1e-9)
+
+
 def _family(name: str, text: str, kind: int, metrics: Iterable[bytes]) -> bytes:
     body = _message(1, name.encode()) + _message(2, text.encode()) + _varint_field(3, kind)
     body += b"".join(_message(4, metric) for metric in metrics)
@@ -108,6 +114,7 @@ def _labels(labels: Mapping[str, str]) -> bytes:
     )
 
 
+@lru_cache(4096)
 def _varint(number: int) -> bytes:
     out = bytearray()
     while number > 0x7F:

@@ -131,7 +131,7 @@ def convert(journal: Path, directory: Path) -> None:
             # The last line of a run that was killed may be cut short: a row of nothing.
             database.execute(
                 f"COPY (SELECT {chosen} FROM read_json(?, format = 'newline_delimited', "  # noqa: S608
-                f"columns = {_struct(columns)}, ignore_errors = true, "
+                f"columns = {_struct(columns)}, ignore_errors = true, hive_partitioning = false, "
                 f"maximum_object_size = 67108864) WHERE node IS NOT NULL) "
                 f"TO '{_quoted(part)}' (FORMAT parquet, COMPRESSION zstd, "
                 f"ROW_GROUP_SIZE {_ROW_GROUP})",

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import orjson
 
+from tracer.continuous import parquet
 from tracer.continuous.parquet import PART, journal_file
 
 if TYPE_CHECKING:
@@ -85,6 +86,7 @@ class Recorder:
         self._converting: tuple[subprocess.Popen[str], _Journal] | None = None
         self._convert_s = 0.0  # not before, monotonic
         self._waiting: list[_Journal] = []
+        self._closing = False
         try:
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._lock = os.open(directory / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -140,7 +142,8 @@ class Recorder:
         self._convert_next()
 
     def close(self) -> None:
-        """Rotates, and waits until all is converted."""
+        """Rotates, and waits until all is converted. What fails now, the next start tries again."""
+        self._closing = True
         self.rotate()
         deadline_s = time.monotonic() + _STOPPING_S
         while (self._converting or self._waiting) and time.monotonic() < deadline_s:
@@ -148,8 +151,6 @@ class Recorder:
                 with suppress(subprocess.TimeoutExpired):
                     self._converting[0].wait(deadline_s - time.monotonic())
             self._reap()
-            if self.problem is not None:
-                break  # the next start tries again
             self._convert_next()
         if self._converting:
             self._converting[0].kill()
@@ -194,17 +195,20 @@ class Recorder:
         self._convert_next()
 
     def _convert_next(self) -> None:
-        if self._converting or not self._waiting or time.monotonic() < self._convert_s:
+        is_time = self._closing or time.monotonic() >= self._convert_s
+        if self._converting or not self._waiting or not is_time:
             return
         self._make_room()
         journal = self._waiting.pop(0)
-        command = [
-            sys.executable, "-m", "tracer.continuous.parquet", str(journal.path), str(self._directory)
+        # Nothing is imported from where we happen to be started (-P), and signals to our process
+        # group are ours.
+        command: list[str | Path] = [
+            sys.executable, "-P", parquet.__file__, journal.path, self._directory
         ]  # fmt: skip
         try:
             process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE, text=True, errors="replace",
+                stderr=subprocess.PIPE, text=True, errors="replace", start_new_session=True,
             )  # fmt: skip
         except OSError as error:
             self._not_converted(journal, str(error.strerror))
@@ -229,14 +233,25 @@ class Recorder:
         """Tries again in a while, once; what is being written now is another matter."""
         journal.tries += 1
         self._convert_s = time.monotonic() + _RETRY_S
-        if journal.tries < _TRIES:
+        if self._closing:
+            self._say(f"a recording is not complete, and is left for the next start: {why}")
+        elif journal.tries < _TRIES:
             self._waiting.insert(0, journal)
             self._say(f"a recording is not complete, and is tried again later: {why}")
-            return
-        # Room is what lacks most likely; what was to be recorded is given up for it.
-        shutil.rmtree(journal.path, ignore_errors=True)
-        self.given_up += journal.rows
-        self._say(f"a recording of {journal.rows} transactions was given up: {why}")
+        elif self._is_full():
+            # What was to be recorded is given up, to have room for what comes.
+            shutil.rmtree(journal.path, ignore_errors=True)
+            self.given_up += journal.rows
+            self._say(f"a recording of {journal.rows} transactions was given up: {why}")
+        else:
+            self._say(f"a recording is not complete, and is left for the next start: {why}")
+
+    def _is_full(self) -> bool:
+        """Whether there is less room than a journal may need."""
+        try:
+            return shutil.disk_usage(self._directory).free < JOURNAL_BYTES
+        except OSError:
+            return True
 
     def _say(self, problem: str) -> None:
         if self.problem is None:
@@ -268,11 +283,14 @@ class Recorder:
             paths = list(self._directory.iterdir())
         except OSError:
             return  # gone: whoever writes there is told
+        in_use = {one.path for one in self._waiting}
+        in_use |= {self._journal.path} if self._journal else set()
+        in_use |= {self._converting[1].path} if self._converting else set()
         for path in paths:
-            if _OURS.fullmatch(path.name):
+            is_left = path.name.startswith(_JOURNAL) and path not in in_use
+            if is_left or _OURS.fullmatch(path.name):
                 with suppress(OSError):
-                    status = path.stat()
-                    found.append((status.st_mtime, status.st_size, path))
+                    found.append((path.lstat().st_mtime, _size(path), path))
         found.sort()
         size = sum(one[1] for one in found)
         oldest_s = time.time() - self._age_max_s
@@ -280,8 +298,18 @@ class Recorder:
             if size <= self._size_max and modified_s >= oldest_s:
                 break
             with suppress(OSError):
-                path.unlink()
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink()
             size -= bytes_
+
+
+def _size(path: Path) -> int:
+    """Bytes of a file, or of all in a directory of files."""
+    if path.is_dir() and not path.is_symlink():
+        return sum(each.lstat().st_size for each in path.iterdir())
+    return path.lstat().st_size
 
 
 def _line(row: Mapping[str, Any]) -> bytes:

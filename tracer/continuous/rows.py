@@ -93,7 +93,7 @@ def _times(histogram: Histogram) -> dict[str, Any]:
     return {
         "timed": histogram.count(),
         "sum_ns": histogram.sum_ns,
-        "max_ns": histogram.max_ns,
+        "max_ns": histogram.max_ns or None,
         "buckets": [
             {"lower_ns": bounds(bucket)[0], "upper_ns": bounds(bucket)[1], "count": count}
             for bucket, count in sorted(histogram.counts.items())

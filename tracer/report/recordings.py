@@ -83,7 +83,7 @@ def leave_out_damaged(found: Recordings) -> bool:
     before = len(found.unreadable)
     for kind in KINDS:
         for file in list(found.files[kind]):
-            source = f"read_parquet('{_quoted(_glob_free(file))}')"
+            source = _read(file)
             try:
                 found.rows(f"SELECT max(hash(each)) FROM {source} AS each")
             except (duckdb.Error, OSError) as error:
@@ -110,7 +110,7 @@ def _take(found: Recordings, file: Path, *, named: bool) -> None:
     import duckdb
 
     try:
-        types = _types(found, f"SELECT * FROM read_parquet('{_quoted(_glob_free(file))}')")
+        types = _types(found, f"SELECT * FROM {_read(file)}")
     except (duckdb.Error, OSError) as error:
         found.unreadable.append((file, _short(error)))
         return
@@ -142,12 +142,14 @@ def _nothing(paths: Sequence[Path], found: Recordings) -> str:
 
 def _make_view(found: Recordings, kind: str) -> None:
     files = found.files[kind]
-    if files:
-        listed = ", ".join(f"'{_quoted(_glob_free(file))}'" for file in files)
-        source = f"SELECT * FROM read_parquet([{listed}], union_by_name = true)"
-    else:
-        source = _nothing_of(kind)
+    source = f"SELECT * FROM {_read(*files)}" if files else _nothing_of(kind)
     found.database.execute(f"CREATE OR REPLACE VIEW {kind} AS {source}")
+
+
+def _read(*files: Path) -> str:
+    """Columns are those in the files: none from directories that are called NAME=VALUE."""
+    listed = ", ".join(f"'{_quoted(_glob_free(file))}'" for file in files)
+    return f"read_parquet([{listed}], union_by_name = true, hive_partitioning = false)"
 
 
 def _nothing_of(kind: str) -> str:

@@ -157,7 +157,7 @@ class _Maker:
     ) -> dict[str | None, Times]:
         sums = self._found.rows(
             f"SELECT {name} AS g, sum(sum_ns), max(max_ns) FROM histograms "
-            f"WHERE timed > 0 AND {condition} GROUP BY g",
+            f"WHERE (timed > 0 OR sum_ns > 0) AND {condition} GROUP BY g",
             parameters,
         )
         buckets = self._found.rows(
