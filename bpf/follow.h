@@ -246,7 +246,7 @@ static __always_inline void seen(struct source *source, u64 skb, struct scratch 
 	u32 variant = 0, number;
 	u32 status = refused ? STATUS_REFUSED : STATUS_ANSWERED;
 	u8 attempt = 1;
-	bool several, original = false, evicted, kept = true;
+	bool several, original = false;
 
 	message->found.number = NO_SLOT;
 	if (sent) {
@@ -321,34 +321,35 @@ static __always_inline void seen(struct source *source, u64 skb, struct scratch 
 		}
 		message->found.number = number;
 	}
+	/* From here on by way of memory, or the verifier would go all of it for each outcome anew. */
 	message->variant = variant;
 	message->outcome = status;
 	number = message->found.number;
-	status = message->outcome;
-	evicted = status == STATUS_EVICTED;
 	if (slot && claim(slot, message->found.generation)) {
-		slot->status = status;
-		if (status == STATUS_REFUSED ||
-		    (status == STATUS_ANSWERED && place->kind == HOP_RECEIVE))
+		slot->status = message->outcome;
+		if (message->outcome == STATUS_REFUSED ||
+		    (message->outcome == STATUS_ANSWERED && place->kind == HOP_RECEIVE))
 			slot->end_ns = place->t_ns;
-		if (!evicted)
-			attempt = slot->attempt + 1;
 #ifdef AGGREGATES
 		tally_up(slot, &scratch->tally);
-		kept = evicted || is_kept(slot);
-		if (evicted)
+		if (message->outcome == STATUS_EVICTED)
 			count(COUNT_EVICTED);
+		else if (is_kept(slot))
+			emit(slot, message->outcome == STATUS_ANSWERED ? source : NULL, message);
 #else
-		if (evicted)
+		if (message->outcome == STATUS_EVICTED)
 			count(COUNT_TABLE_FULL);
+		else
+			emit(slot, message->outcome == STATUS_ANSWERED ? source : NULL, message);
 #endif
-		if (kept && !evicted)
-			emit(slot, status == STATUS_ANSWERED ? source : NULL, message);
-		if (status != STATUS_TIMEOUT && !evicted) {
+		if (message->outcome == STATUS_TIMEOUT)
+			attempt = slot->attempt + 1;
+		else if (message->outcome != STATUS_EVICTED) {
 			release(number);
 			return;
 		}
-	} else if (evicted || (slot && status == STATUS_TIMEOUT && free_slots.pop(&number))) {
+	} else if (status == STATUS_EVICTED ||
+		   (slot && status == STATUS_TIMEOUT && free_slots.pop(&number))) {
 		count(COUNT_TABLE_FULL);
 		return;
 	} else if (status != STATUS_TIMEOUT) {

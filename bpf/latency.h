@@ -183,27 +183,48 @@ static __always_inline void add_time(struct series *series, struct bucket_key *k
 		series->max_ns[stage] = ns;
 }
 
-/* Takes the time that the server itself waited for an answer out of the time that it took. */
-static __always_inline void part_upstream(struct transaction *slot, struct tally *tally)
+/* The answer to a server's own query: until then it has waited. */
+static __always_inline void close_span(struct transaction *slot)
 {
 	struct span_key key = { .cgroup_id = slot->cgroup_id,
 				.question_hash = slot->question_hash };
-	struct span span = { slot->start_ns, slot->end_ns }, *asked;
-	u64 waited_ns;
+	struct span *span;
 
-	if (slot->end_ns && slot->cgroup_id > 1 && serving_cgroups.lookup(&slot->cgroup_id))
-		upstream_spans.update(&key, &span);
-	if (slot->server_cgroup_id <= 1 || !tally->sent_ns)
+	if (!slot->by_server || !slot->end_ns)
 		return;
-	key.cgroup_id = slot->server_cgroup_id;
-	asked = upstream_spans.lookup(&key);
-	if (!asked || asked->start_ns < tally->received_ns || asked->end_ns > tally->sent_ns)
+	span = upstream_spans.lookup(&key);
+	if (span && span->start_ns <= slot->start_ns && span->end_ns < slot->end_ns)
+		span->end_ns = slot->end_ns;
+}
+
+/*
+ * Takes the time that the server itself waited for an answer out of the time that
+ * it took: since the query came, if it waited for another client's sake already,
+ * and until its own answer left, if none came. What it has asked since, or had
+ * its answer to before, is not because of this one.
+ */
+static __always_inline void part_upstream(struct transaction *slot, struct tally *tally)
+{
+	struct span_key key = { .cgroup_id = slot->server_cgroup_id,
+				.question_hash = slot->question_hash };
+	u64 from_ns, to_ns, waited_us, unanswered, of_another, too_late;
+	struct span *span = upstream_spans.lookup(&key);
+
+	if (!span || !tally->sent_ns)
 		return;
-	waited_ns = asked->end_ns - asked->start_ns;
-	if (waited_ns > tally->stage_ns[STAGE_SERVER])
-		return;
-	tally->stage_ns[STAGE_SERVER] -= waited_ns;
-	tally->stage_ns[STAGE_UPSTREAM] = waited_ns;
+	/* Without branches: see equal. Times are below 2^63. */
+	from_ns = either((span->start_ns - tally->received_ns) >> 63, tally->received_ns,
+			 span->start_ns);
+	unanswered = 1 - some(span->end_ns);
+	too_late = (tally->sent_ns - span->end_ns) >> 63;
+	to_ns = either(unanswered | too_late, tally->sent_ns, span->end_ns);
+	of_another = unanswered & ((span->last_ns - tally->received_ns) >> 63);
+	of_another |= (to_ns - from_ns) >> 63;
+	waited_us = (1 - of_another) * ((to_ns - from_ns) / 1000);
+	waited_us *= 1 - ((tally->stage_ns[STAGE_SERVER] - waited_us * 1000) >> 63);
+	tally->stage_ns[STAGE_SERVER] -= waited_us * 1000;
+	tally->stage_ns[STAGE_UPSTREAM] = waited_us * 1000;
+	slot->upstream_us = waited_us;
 }
 
 /*
@@ -306,6 +327,7 @@ static __always_inline void tally_up(struct transaction *slot, struct tally *tal
 	u32 i;
 
 	look_along(slot, tally);
+	close_span(slot);
 	part_upstream(slot, tally);
 	key->kind = SERIES_OF_QUESTIONS;
 	key->cgroup_id = slot->cgroup_id;
@@ -325,7 +347,8 @@ static __always_inline void tally_up(struct transaction *slot, struct tally *tal
 	if (!answered && tally->last_kind == HOP_DROP)
 		key->status = dropped_or_refused(slot);
 	key->protocol = slot->protocol;
-	key->pad[0] = key->pad[1] = 0;
+	key->by_server = slot->by_server;
+	key->pad = 0;
 	series = series_for(tally);
 	if (!series)
 		return;

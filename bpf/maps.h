@@ -125,7 +125,7 @@ BPF_TABLE("hash", struct series_key, struct series, all_series, SERIES);
 BPF_TABLE("lru_hash", u64, u32, series_begun, 1024);
 BPF_TABLE("hash", struct bucket_key, u64, buckets, BUCKETS);
 
-/* When a server last asked somebody, by what. */
+/* When a server has last waited for an answer of others, by the question. */
 struct span_key {
 	u64 cgroup_id;
 	u32 question_hash;
@@ -133,9 +133,12 @@ struct span_key {
 };
 
 struct span {
-	u64 start_ns;
-	u64 end_ns;
+	u64 start_ns; /* at its first query */
+	u64 last_ns; /* at its last query */
+	u64 end_ns; /* at the last answer; 0: none yet */
 };
+
+#define SPAN_MEMORY_NS 10000000000ULL /* longer than a server waits for others before it answers */
 
 BPF_TABLE("lru_hash", struct span_key, struct span, upstream_spans, 1024);
 

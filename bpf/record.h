@@ -80,8 +80,10 @@ struct transaction {
 	u8 protocol; /* IPPROTO_UDP; user space puts IPPROTO_TCP in for what it puts together */
 	u8 balanced; /* 1: the first flow is what the socket was told, and no packet ever had it */
 	u16 type; /* of the question, in host byte order; 0: there is none */
+	u8 by_server; /* 1: its sender had been asked itself by then, where that is counted */
+	u8 pad[7];
 	u32 weight; /* how many transactions this one stands for, where not all leave; else 0 */
-	u32 pad;
+	u32 upstream_us; /* microseconds of the server's time that are upstream, where that is counted */
 	char comm[16];
 	struct flow flows[MAX_FLOWS];
 	struct hop hops[MAX_HOPS];
@@ -211,7 +213,8 @@ struct series_key {
 	u8 status;
 	u8 backend;
 	u8 protocol; /* IPPROTO_UDP; user space counts TCP itself, in the same form */
-	u8 pad[2];
+	u8 by_server; /* 1: the client answers queries itself, so it may ask for others' sake */
+	u8 pad;
 };
 
 struct series {

@@ -352,7 +352,8 @@ static __always_inline void fill(struct transaction *slot, struct source *source
 	slot->protocol = PROTO_UDP;
 	slot->balanced = sender->balanced;
 	slot->type = message->type;
-	slot->weight = slot->pad = 0;
+	slot->by_server = 0;
+	slot->weight = slot->upstream_us = 0;
 	__builtin_memcpy(slot->comm, sender->comm, sizeof(slot->comm));
 	slot->flows[0] = *asked;
 	slot->query_captured = source_read(source, message->offset, slot->query, QUERY_BYTES);
@@ -405,6 +406,26 @@ static __always_inline u32 free_variant(struct message *message, struct flow *as
 	return variant;
 }
 
+#ifdef AGGREGATES
+/* Of a server's own query: from when on it waits for an answer to that question. */
+static __always_inline void open_span(struct transaction *slot)
+{
+	struct span_key key = { .cgroup_id = slot->cgroup_id,
+				.question_hash = slot->question_hash };
+	struct span fresh = { slot->start_ns, slot->start_ns }, *span;
+
+	/* Number 1 is the root, where everybody is on hosts with cgroup v1 alone. */
+	if (slot->cgroup_id <= 1 || !serving_cgroups.lookup(&slot->cgroup_id))
+		return;
+	slot->by_server = 1;
+	span = upstream_spans.lookup(&key);
+	if (span && !span->end_ns && slot->start_ns - span->start_ns < SPAN_MEMORY_NS)
+		span->last_ns = slot->start_ns; /* it asks again, or somebody else */
+	else
+		upstream_spans.update(&key, &fresh);
+}
+#endif
+
 /*
  * Gives a query the slot that the caller owns, and its place in the index.
  * asked: the flow as the client addressed it, which is not message->flow where
@@ -433,6 +454,9 @@ static __always_inline void begin(u32 number, struct source *source, struct mess
 		return;
 	}
 	add_alias(number, slot, &message->flow);
+#ifdef AGGREGATES
+	open_span(slot);
+#endif
 	if (variant)
 		variant_last_ns.update(&zero, &place->t_ns);
 }

@@ -290,11 +290,11 @@ def test_budget_lets_less_leave_until_it_is_kept_and_more_when_there_is_room() -
     clock = Clock()
     asked = Keeping(slower_ns=5, share=10, notable_share=1)
     budget = Budget(0.01, asked, clock)
-    assert budget.look(0.0, 0) == asked
+    assert budget.look(0.0, 0, 0) == asked
     shares = []
     for second in range(1, 30):
         clock.cpu_s += 0.02
-        kept = budget.look(float(second), 1000 * second)
+        kept = budget.look(float(second), 1000 * second, 0)
         shares.append((kept.share, kept.notable_share))
     assert shares[:3] == [(20, 1), (40, 1), (80, 1)]
     assert shares[-1][0] >= 1 << 20
@@ -302,7 +302,7 @@ def test_budget_lets_less_leave_until_it_is_kept_and_more_when_there_is_room() -
     assert budget.used == pytest.approx(0.02)
     for second in range(30, 300):
         clock.cpu_s += 0.001
-        kept = budget.look(float(second), 29_000)
+        kept = budget.look(float(second), 29_000, 0)
     assert kept == asked
 
 
@@ -313,7 +313,7 @@ def test_budget_is_not_sought_where_it_is_not_spent() -> None:
     budget = Budget(0.01, asked, clock)
     for second in range(100):
         clock.cpu_s += 0.02
-        assert budget.look(float(second), 10 * second) == asked
+        assert budget.look(float(second), 10 * second, 0) == asked
     assert budget.used == pytest.approx(0.02)
 
 
@@ -322,16 +322,27 @@ def test_budget_that_is_nearly_used_changes_nothing() -> None:
     budget = Budget(0.01, Keeping(share=10), clock)
     for second in range(10):
         clock.cpu_s += 0.008
-        assert budget.look(float(second), 1000 * second).share == 10
+        assert budget.look(float(second), 1000 * second, 0).share == 10
 
 
 def test_sample_of_nothing_stays_so() -> None:
     clock = Clock()
     budget = Budget(0.01, Keeping(share=0), clock)
-    budget.look(0.0, 0)
+    budget.look(0.0, 0, 0)
     clock.cpu_s += 1
-    assert budget.look(1.0, 10_000) == Keeping(share=0, notable_share=2)
-    assert budget.look(200.0, 10_000) == Keeping(share=0, notable_share=1)
+    assert budget.look(1.0, 0, 10_000) == Keeping(share=0, notable_share=64)
+    assert budget.look(200.0, 0, 10_000) == Keeping(share=0, notable_share=32)
+
+
+def test_storm_of_failures_costs_the_failed_ones() -> None:
+    """A tenth of all is ordinary, and an interval is ten seconds."""
+    clock = Clock()
+    budget = Budget(0.01, Keeping(share=100), clock)
+    budget.look(0.0, 0, 0)
+    clock.cpu_s += 1.3
+    assert budget.look(10.0, 1000, 20_000) == Keeping(share=100, notable_share=16)
+    clock.cpu_s += 0.15
+    assert budget.look(20.0, 2000, 21_300) == Keeping(share=100, notable_share=32)
 
 
 def test_moment_of_work_now_and_then_changes_nothing() -> None:
@@ -339,4 +350,4 @@ def test_moment_of_work_now_and_then_changes_nothing() -> None:
     budget = Budget(0.01, Keeping(share=10), clock)
     for second in range(600):
         clock.cpu_s += 0.2 if second % 60 == 59 else 0.002
-        assert budget.look(float(second), 10_000 * second).share == 10
+        assert budget.look(float(second), 10_000 * second, 0).share == 10

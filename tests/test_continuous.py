@@ -149,6 +149,61 @@ def test_upstream_time_is_told_from_the_servers_own(lab: Lab, tmp_path: Path) ->
     assert stages["total"] >= stages["upstream"] + stages["server"]
 
 
+def stage_sums(record: Path, condition: str) -> dict[str, int]:
+    """Nanoseconds in each stage."""
+    return dict(
+        query(
+            f"SELECT stage, sum(sum_ns) FROM '{record}/histograms-*.parquet' "
+            f"WHERE {condition} GROUP BY stage"
+        )
+    )
+
+
+def test_wait_for_an_upstream_that_is_silent_is_upstream(lab: Lab, tmp_path: Path) -> None:
+    """CoreDNS gives up after seconds, and says SERVFAIL."""
+    record = tmp_path / "rec"
+    with running("--pods", str(lab.pods_file), "--record", str(record)) as run:
+        dig(lab, CLIENT, "silent.lost.example.com", "A", f"@{SERVICE}", "+time=9")
+        run.wait_for(1)
+        run.stop()
+    sums = stage_sums(record, "NOT by_server")
+    assert sums["upstream"] > 3_000_000_000
+    assert sums["server"] < 100_000_000
+    ((kept, upstream, server, latency),) = query(
+        "SELECT kept, stages.upstream, stages.server, latency_ns "
+        f"FROM '{record}/transactions-*.parquet' WHERE NOT by_server"
+    )
+    assert kept == "failed"
+    assert upstream == sums["upstream"] // 1000 * 1000
+    assert upstream + server < latency
+
+
+def test_many_that_wait_for_the_same_all_wait_upstream(lab: Lab, tmp_path: Path) -> None:
+    record = tmp_path / "rec"
+    replica = lab.dns_pods[0].ipv4
+    with running("--pods", str(lab.pods_file), "--record", str(record)) as run:
+        name = f"same-{time.monotonic_ns()}.slow.example.com"
+        started = []
+        for n in range(10):
+            argv = ["dig", "+tries=1", "+time=9", f"@{replica}", name]
+            pod = ("sre/web-0", "sre/api-0", "default/shop-0")[n % 3]
+            started.append(lab.popen(pod, argv, stdout=subprocess.DEVNULL))
+            time.sleep(0.02)
+        for process in started:
+            process.wait()
+        run.wait_for(10)
+        run.stop()
+    latencies = query(
+        "SELECT latency_ns, stages.upstream, stages.server "
+        f"FROM '{record}/transactions-*.parquet' WHERE NOT by_server"
+    )
+    slow = [row for row in latencies if row[0] > 50_000_000]
+    assert len(slow) >= 5
+    for latency, upstream, server in slow:
+        assert latency - 60_000_000 < upstream < latency
+        assert server < 60_000_000
+
+
 def test_percentiles_are_those_of_tcpdump(lab: Lab, tmp_path: Path) -> None:
     """Of the whole way between the client's device and back, which both see."""
     record = tmp_path / "rec"

@@ -678,8 +678,9 @@ def test_slot_tells_nothing_of_who_had_it_before(kernel: Programs) -> None:
         "question_ok": 1,
         "balanced": 0,
         "type": 1,
+        "by_server": 0,
         "weight": 0,
-        "pad": 0,
+        "upstream_us": 0,
     }
     assert (record.flows, record.hops, record.query) == ([FLOW], [(INGRESS, 0, 0)], dns_query())
 

@@ -28,7 +28,8 @@ ERROR = 1 / (2 * PARTS + 1)  # how far a bucket's middle may be from what is in 
 def stage_times(slots: NDArray[np.void]) -> NDArray[np.int64]:
     """Nanoseconds in each stage (columns: Stage, without the total) of each transaction.
 
-    `slots` have the fields of TRANSACTION. What is upstream is in the server's time.
+    `slots` have the fields of TRANSACTION. What is upstream is in the server's time where the
+    kernel does not count.
     """
     hops = slots["hops"]
     kinds, directions, netns = hops["kind"], hops["direction"], hops["netns"]
@@ -58,6 +59,9 @@ def stage_times(slots: NDArray[np.void]) -> NDArray[np.int64]:
     times = np.zeros((len(slots), Stage.TOTAL), np.int64)
     for stage in range(Stage.TOTAL):
         times[:, stage] = np.where(stages == stage, took, 0).sum(axis=1)
+    upstream = slots["upstream_us"].astype(np.int64) * 1000
+    times[:, Stage.SERVER] -= upstream
+    times[:, Stage.UPSTREAM] += upstream
     return times
 
 

@@ -153,7 +153,7 @@ class Tally:
 def _keys_of(slots: NDArray[np.void], no_socket: int) -> NDArray[np.void]:
     keys = np.zeros(len(slots), SERIES_KEY)
     keys["kind"] = SeriesKind.OF_QUESTIONS
-    for name in ("cgroup_id", "server_cgroup_id", "netns", "protocol"):
+    for name in ("cgroup_id", "server_cgroup_id", "netns", "protocol", "by_server"):
         keys[name] = slots[name]
     asked = slots["flows"][:, 0]
     is_here = slots["netns"] != 0

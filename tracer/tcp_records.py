@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 RECORD = np.dtype([("transaction", TRANSACTION), ("response", "O"), ("problem", "O")])
 # TRANSACTION's parts: NumPy would take several times as long to fill one in.
-_HEAD = struct.Struct("=QQQQQIIIIHHHH2s2s10BHI4x16s")
+_HEAD = struct.Struct("=QQQQQIIIIHHHH2s2s10BHB7xI4x16s")
 _FLOW = struct.Struct("=16s16s2s2s4x")
 _HOP = struct.Struct("=QIIIBBBx")
 _FLOWS_AT = _HEAD.size
@@ -124,6 +124,7 @@ def _fill(slots: bytearray, at: int, one: Ended) -> int:
         _TCP,
         0,  # balanced
         _type_of(one.query),
+        0,  # by_server
         0,  # weight
         who.comm,
     )

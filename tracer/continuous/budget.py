@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Keeps our own CPU time within a budget, by letting fewer transactions leave the kernel.
 
-Histograms count all of them in any case. Ordinary transactions become fewer first, then those that
-are slow or failed; what is not kept for that is counted.
+Histograms count all of them in any case. Ordinary transactions become fewer first, but in a storm of
+failures those that are slow or failed do; what is not kept for that is counted.
 """
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 _SHARE_MAX = 1 << 20
 _WINDOW_S = 60.0
 _COST_S = 150e-6  # what it takes at most to name, decode and write a transaction
+_STEPS_MAX = 6  # times two, at once
 _RELAX_BELOW = 0.5  # of the budget: then twice as many may leave
 
 
@@ -33,22 +35,22 @@ class Budget:
     used: float = 0.0  # of one core, in the last minute
     _seen: deque[tuple[float, float]] = field(default_factory=deque)  # (when, CPU time by then)
 
-    _left: int = 0
+    _left: tuple[int, int] = (0, 0)  # ordinary and notable transactions by then
 
     def __post_init__(self) -> None:
         self.keeping = self.asked
 
-    def look(self, now_s: float, left: int) -> Keeping:
+    def look(self, now_s: float, ordinary: int, notable: int) -> Keeping:
         """What is to be kept from now on; to be called every few seconds.
 
-        `left` is how many transactions have left the kernel since the start. Where they are not
-        what takes the time, fewer of them would not help.
+        `ordinary` and `notable` (slow or failed) are how many transactions have left the kernel
+        since the start. Where they are not what takes the time, fewer of them would not help.
         """
         seen = self._seen
         if seen and now_s <= seen[-1][0]:
             return self.keeping
         seen.append((now_s, self.cpu_s()))
-        fresh, self._left = left - self._left, left
+        fresh, self._left = (ordinary - self._left[0], notable - self._left[1]), (ordinary, notable)
         if len(seen) < 2:
             return self.keeping
         while len(seen) > 2 and seen[1][0] <= now_s - _WINDOW_S:
@@ -57,19 +59,21 @@ class Budget:
         self.used = _share(seen[0], seen[-1])
         # What is written now and then takes more than its share for a moment.
         if min(lately, self.used) > self.share:
-            taken = fresh * _COST_S / (seen[-1][0] - seen[-2][0])
+            taken = sum(fresh) * _COST_S / (seen[-1][0] - seen[-2][0])
             if taken > (lately - self.share) / 2:
-                self.keeping = self._less()
+                self.keeping = self._less(lately / self.share, *fresh)
         elif self.used < self.share * _RELAX_BELOW:
             self.keeping = self._more()
         return self.keeping
 
-    def _less(self) -> Keeping:
+    def _less(self, times: float, ordinary: int, notable: int) -> Keeping:
+        """By so many times, of those that there are more of: fewer of others would not help."""
+        factor = 1 << min(max(1, math.ceil(math.log2(times))), _STEPS_MAX)
         now = self.keeping
-        if now.share and now.share < _SHARE_MAX:
-            return replace(now, share=now.share * 2)
-        if now.notable_share < _SHARE_MAX:
-            return replace(now, notable_share=now.notable_share * 2)
+        if 0 < now.share < _SHARE_MAX and ordinary >= notable:
+            return replace(now, share=min(now.share * factor, _SHARE_MAX))
+        if now.notable_share:
+            return replace(now, notable_share=min(now.notable_share * factor, _SHARE_MAX))
         return now
 
     def _more(self) -> Keeping:

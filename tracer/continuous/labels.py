@@ -37,6 +37,7 @@ class Labels(NamedTuple):
     rcode: str | None = None
     status: str = "answered"
     protocol: str | None = None
+    by_server: bool = False  # the client answers queries itself, so it may ask for others' sake
     overflow: bool = False  # all of that client, or of every one, that found no room
 
 
@@ -65,6 +66,7 @@ def labels_of(key: np.void, names: Names) -> Labels:
             backend_namespace=backend_namespace,
             backend_pod=backend_pod,
             protocol=_protocol(key),
+            by_server=bool(key["by_server"]),
         )
     return Labels(
         False,
@@ -82,6 +84,7 @@ def labels_of(key: np.void, names: Names) -> Labels:
         None if key["rcode"] == _NO_RCODE else rcode_text(int(key["rcode"])),
         status,
         _protocol(key),
+        bool(key["by_server"]),
     )
 
 

@@ -94,7 +94,9 @@ class Continuous:
     _late: LateNames = field(init=False)
     _interval_ns: int = 0  # when it began, since 1970
     _told: dict[str, int] = field(default_factory=dict)  # of coverage, at the interval before
-    _handled: int = 0  # transactions that left the kernel, or that it did not end
+    # Transactions that left the kernel, or that it did not end: ordinary ones, and others.
+    _ordinary_left: int = 0
+    _notable_left: int = 0
     _own_not_kept: int = 0
     _own_skipped: int = 0
     _cpu_before_s: float = 0.0
@@ -125,7 +127,7 @@ class Continuous:
         started_ns = time.monotonic_ns()
         self._interval_ns = time.time_ns()
         self._is_ready = True
-        self.session.keep(self.budget.look(time.monotonic(), 0))
+        self.session.keep(self.budget.look(time.monotonic(), 0, 0))
         self._reading()
         due_s = time.monotonic() + self.interval_s
         while not stop.now():
@@ -149,7 +151,7 @@ class Continuous:
 
     def _keep_to_budget(self, now_s: float) -> None:
         before = self.budget.keeping
-        kept = self.budget.look(now_s, self._handled)
+        kept = self.budget.look(now_s, self._ordinary_left, self._notable_left)
         if kept == before:
             return
         self.session.keep(kept)
@@ -164,7 +166,7 @@ class Continuous:
         """Takes in what has left the kernel: what it has counted, and segments of TCP."""
         for ring, batch in self.session.read_all():
             if ring == "segments":
-                self._own(self._connections.feed(batch))
+                self._own_of_tcp(self._connections.feed(batch))
             else:
                 self._record(batch)
         self._name_late(time.monotonic_ns())
@@ -172,7 +174,7 @@ class Continuous:
     def _sweep(self, now_ns: int) -> None:
         """Ends what has waited too long."""
         self._own(self.session.table.expire(now_ns - self.timeout_ns))
-        self._own(self._connections.expire(now_ns))
+        self._own_of_tcp(self._connections.expire(now_ns))
         self._room(now_ns)
 
     def _own(self, records: NDArray[np.void]) -> None:
@@ -182,13 +184,8 @@ class Continuous:
         slots = slots_of(records)
         self._tally.add(slots)
         kept = self.budget.keeping
-        took_ns = slots["end_ns"].astype(np.int64) - slots["start_ns"].astype(np.int64)
-        rcodes = slots["response_flags"].astype(np.int64) & 15
-        notable = (slots["status"] != Status.ANSWERED) | ~np.isin(rcodes, (0, 3))
-        if kept.slower_ns:
-            notable |= (slots["end_ns"] != 0) & (took_ns >= kept.slower_ns)
         weights = np.zeros(len(records), np.uint32)
-        for row, is_notable in enumerate(notable.tolist()):
+        for row, is_notable in enumerate(self._notable(slots).tolist()):
             share = kept.notable_share if is_notable else kept.share
             if share and self._dice.randrange(share) == 0:
                 weights[row] = share
@@ -200,6 +197,17 @@ class Continuous:
         slots_of(left)["weight"] = weights[weights > 0]
         self._record(left)
 
+    def _own_of_tcp(self, records: NDArray[np.void]) -> None:
+        if len(records):
+            self._own(self._of_servers(records))
+
+    def _of_servers(self, records: NDArray[np.void]) -> NDArray[np.void]:
+        """Marks what those ask who are asked themselves, as the kernel does."""
+        slots = slots_of(records)
+        serving = np.array(sorted(self.session.serving()), np.uint64)
+        slots["by_server"] = np.isin(slots["cgroup_id"], serving)
+        return records
+
     def _own_but_waiting(self, records: NDArray[np.void]) -> None:
         """The same at the end, when what still waits for its answer has not failed."""
         told = statuses_of(slots_of(records), no_socket(self.session.built.drop_reasons))
@@ -207,9 +215,21 @@ class Continuous:
         self.totals.unanswered_at_end += int(waiting.sum())
         self._own(records[~waiting])
 
+    def _notable(self, slots: NDArray[np.void]) -> NDArray[np.bool_]:
+        """Which are slow, or failed; as is_kept in bpf/latency.h."""
+        slower_ns = self.budget.keeping.slower_ns
+        took_ns = slots["end_ns"].astype(np.int64) - slots["start_ns"].astype(np.int64)
+        rcodes = slots["response_flags"].astype(np.int64) & 15
+        notable: NDArray[np.bool_] = (slots["status"] != Status.ANSWERED) | ~np.isin(rcodes, (0, 3))
+        if slower_ns:
+            notable |= (slots["end_ns"] != 0) & (took_ns >= slower_ns)
+        return notable
+
     def _record(self, records: NDArray[np.void]) -> None:
         """Hands on to the recorder, in a moment if a name is not known yet."""
-        self._handled += len(records)
+        notable = int(self._notable(slots_of(records)).sum())
+        self._notable_left += notable
+        self._ordinary_left += len(records) - notable
         if self.recorder is not None:
             self._write(self.recorder, self._late.hold(records))
 
@@ -224,11 +244,12 @@ class Continuous:
         slots = slots_of(records)
         slower_ns = self.budget.keeping.slower_ns
         rows = [
-            transaction_row(t, why_kept(t, slower_ns), weight, times)
-            for t, weight, times in zip(
+            transaction_row(t, why_kept(t, slower_ns), weight, times, by_server=bool(by_server))
+            for t, weight, times, by_server in zip(
                 self._assembler.assemble(records),
                 slots["weight"].tolist(),
                 stage_times(slots).tolist(),
+                slots["by_server"].tolist(),
                 strict=True,
             )
             if self.keep(t)
@@ -372,7 +393,7 @@ class Continuous:
         self._sweep(time.monotonic_ns())
         while len(waiting := self.session.table.expire(time.monotonic_ns())):
             self._own_but_waiting(waiting)
-        self._own_but_waiting(self._connections.flush())
+        self._own_but_waiting(self._of_servers(self._connections.flush()))
         self.keep_up()
         self._name_late(0, at_once=True)
         self._reading(last=True)
