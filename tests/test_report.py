@@ -154,6 +154,61 @@ def test_sample_is_scaled_up_and_called_an_estimate(tmp_path: Path) -> None:
     assert make([tmp_path], Filters()).counted
 
 
+def test_what_servers_ask_is_in_their_clients_time(tmp_path: Path) -> None:
+    """And so in no figure of its own, but where it is asked for."""
+    asked = [Made(latency_ns=3_000_000), Made(pod="api-0", latency_ns=2_000_000)]
+    by_server = Made(namespace="kube-system", pod="coredns-1", latency_ns=2_900_000, by_server=True)
+    record(tmp_path, [*asked, by_server])
+    report = make([tmp_path], Filters())
+    assert (report.transactions, report.by_servers) == (2, 1)
+    assert report.total.count == 2
+    assert [group.name for group in report.by["pod"]] == ["sre/api-0", "sre/web-0"]
+    assert [group.count for group in report.by["name"]] == [2]
+    assert len(report.slowest) == 2
+    assert np.array(report.heat.counts).sum() == 2
+    assert "and 1 that DNS servers asked themselves" in render(report)
+    assert to_json(report)["by_servers"] == 1
+    estimated = make([tmp_path], Filters(name="www*"))
+    assert (estimated.transactions, estimated.by_servers) == (2, 1)
+    for filters in (Filters(namespaces=("kube-system",)), Filters(pods=("coredns-*",))):
+        report = make([tmp_path], filters)
+        assert (report.transactions, report.by_servers) == (1, 0)
+        assert report.total.max_ns == 2_900_000
+
+
+def test_estimates_are_marked_where_not_all_was_recorded(tmp_path: Path, many: Path) -> None:
+    record(tmp_path, MANY, every=10)
+    text = render(make([tmp_path], Filters()))
+    rows = [line for line in text.splitlines() if line.startswith("n1.example.com.")]
+    assert "~" in rows[0]
+    assert "give or take" in text
+    assert "~" not in next(line for line in text.splitlines() if line.startswith("sre/web-0"))
+    assert "~" not in render(make([many], Filters()))
+
+
+def test_nothing_asked_is_no_estimate(tmp_path: Path) -> None:
+    recorder = Recorder(
+        tmp_path, "node-1", rotate_s=1e9, size_max=1 << 50, age_max_s=1e12, tell=lambda _: None
+    )
+    times = {"time_start_ns": START_NS, "time_end_ns": START_NS + 10**9}
+    recorder.write("coverage", [{**times, "transactions": 0, "lost": {}, "unmatched": {}}])
+    recorder.close()
+    report = make([tmp_path], Filters())
+    assert (report.counted, report.transactions) == (True, 0)
+    assert "about" not in render(report)
+
+
+def test_names_are_whole_where_there_is_room(tmp_path: Path) -> None:
+    pod = "a-deployment-with-a-long-name-65d6cfc9-zq8mt"
+    record(tmp_path, [Made(pod=pod, backend=pod)])
+    report = make([tmp_path], Filters())
+    assert f"sre/{pod}" not in render(report)
+    assert render(report, None).count(f"sre/{pod} ") >= 1
+    assert f"kube-system/{pod} " in render(report, 160)
+    for width in (80, 100, 160):
+        assert max(cell_len(line) for line in render(report, width).splitlines()) <= width
+
+
 def test_few_values_have_no_high_percentiles(tmp_path: Path) -> None:
     record(tmp_path, [Made(latency_ns=1000 + n) for n in range(99)])
     report = make([tmp_path], Filters())

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from typing import TYPE_CHECKING
 
@@ -45,9 +46,14 @@ def show(args: argparse.Namespace, paths: Sequence[Path], filters: Filters) -> i
         else:
             from tracer.report.text import render as text
 
-            sys.stdout.write(text(report))
+            sys.stdout.write(text(report, _width()))
             sys.stdout.flush()
     return OK
+
+
+def _width() -> int | None:
+    """Of the terminal; None: it goes to somebody else."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
 def _write(path: Path, page: str) -> None:

@@ -27,6 +27,7 @@ def to_json(report: Report) -> dict[str, Any]:
         "stages_counted": report.stages_counted,
         "relative_error": ERROR,
         "transactions": report.transactions,
+        "by_servers": report.by_servers,
         "statuses": report.statuses,
         "latency": _times(report.total),
         "stages": {name: _times(times) for name, times in report.stages.items()},
@@ -73,6 +74,7 @@ def _group(group: Group) -> dict[str, Any]:
         "name": group.name,
         "count": group.count,
         "failed": group.failed,
+        "recorded": group.recorded,
         "latency": _times(group.times),
     }
 

@@ -25,12 +25,16 @@ class Times:
 
 @dataclass(slots=True)
 class Group:
-    """What is counted under one name; `name` None: unknown."""
+    """What is counted under one name; `name` None: unknown.
+
+    `recorded`: how many transactions the count is estimated from; None: it is counted.
+    """
 
     name: str | None
     count: int
     failed: int
     times: Times
+    recorded: int | None = None
 
 
 @dataclass(slots=True)
@@ -82,6 +86,7 @@ class Report:
     counted: bool  # from histograms: all transactions; else estimated from those that were kept
     stages_counted: bool  # the same of the stages
     transactions: int
+    by_servers: int  # more of them, which DNS servers asked and which are in no other figure
     statuses: dict[str, int]
     total: Times
     stages: dict[str, Times]

@@ -56,16 +56,17 @@ def make(paths: Sequence[Path], filters: Filters) -> Report:
     kept = where.of_transactions(filters)
     whole = where.of_histograms(filters, of_stages=False)
     parts = where.of_histograms(filters, of_stages=True)
+    clients_alone = where.leaves_out_servers(filters)
     with tempfile.TemporaryDirectory(prefix="dnstrace-report-") as scratch:
         found = load(paths, Path(scratch))
         try:
             try:
-                return _Maker(found, kept, whole, parts).report()
+                return _Maker(found, kept, whole, parts, clients_alone).report()
             except duckdb.Error as error:
                 if not leave_out_damaged(found):
                     raise RecordingError(f"cannot be read: {str(error)[:200]}") from error
             try:
-                return _Maker(found, kept, whole, parts).report()
+                return _Maker(found, kept, whole, parts, clients_alone).report()
             except duckdb.Error as error:
                 raise RecordingError(f"cannot be read: {str(error)[:200]}") from error
         finally:
@@ -73,20 +74,28 @@ def make(paths: Sequence[Path], filters: Filters) -> Report:
 
 
 class _Maker:
-    def __init__(self, found: Recordings, kept: Where, whole: Where, parts: Where) -> None:
+    def __init__(
+        self, found: Recordings, kept: Where, whole: Where, parts: Where, clients_alone: bool
+    ) -> None:
         self._found = found
         self._kept = kept
         self._whole = whole
         self._parts = parts
-        has_counts = bool(found.files["histograms"])
+        # Where nothing was asked, there are no histograms of it.
+        ((asked,),) = found.rows("SELECT sum(transactions) FROM coverage")
+        has_counts = bool(found.files["histograms"]) or asked == 0
         self._counted = has_counts and whole.possible
         self._stages_counted = has_counts and parts.possible
+        self._by_servers = 0
+        if clients_alone:
+            self._by_servers = self._count_by_servers()
+            self._kept, self._whole, self._parts = map(where.of_clients, (kept, whole, parts))
 
     def report(self) -> Report:
         start, end = self._window()
         totals = self._totals("status") if self._counted else self._kept_totals("status")
         total = self._times(None).get(None, Times())
-        statuses = {str(name): count for name, (count, _) in totals.items()}
+        statuses = {str(name): count for name, (count, *_) in totals.items()}
         return Report(
             start,
             end,
@@ -94,6 +103,7 @@ class _Maker:
             self._counted,
             self._stages_counted,
             sum(statuses.values()),
+            self._by_servers,
             statuses,
             total,
             self._stages(),
@@ -103,6 +113,20 @@ class _Maker:
             self._heat(start, end),
             self._coverage(),
         )
+
+    def _count_by_servers(self) -> int:
+        if self._counted:
+            ((number,),) = self._found.rows(
+                "SELECT sum(count) FROM histograms WHERE stage = 'total' AND by_server "
+                f"AND {self._whole.sql}",
+                self._whole.parameters,
+            )
+        else:
+            ((number,),) = self._found.rows(
+                f"SELECT sum(weight) FROM transactions WHERE by_server AND {self._kept.sql}",
+                self._kept.parameters,
+            )
+        return int(number or 0)
 
     def _window(self) -> tuple[datetime | None, datetime | None]:
         ((start, end),) = self._found.rows(
@@ -121,13 +145,16 @@ class _Maker:
         )
         return {name: (int(count), int(failed or 0)) for name, count, failed in rows}
 
-    def _kept_totals(self, by: str) -> dict[str | None, tuple[int, int]]:
+    def _kept_totals(self, by: str) -> dict[str | None, tuple[int, int, int]]:
+        """(count, failed, how many that is estimated from) of each."""
         rows = self._found.rows(
-            f"SELECT {by}, sum(weight), sum(weight) FILTER ({_FAILED}) FROM transactions "
+            f"SELECT {by}, sum(weight), sum(weight) FILTER ({_FAILED}), count(*) FROM transactions "
             f"WHERE {self._kept.sql} GROUP BY 1",
             self._kept.parameters,
         )
-        return {name: (int(count), int(failed or 0)) for name, count, failed in rows}
+        return {
+            name: (int(count), int(failed or 0), recorded) for name, count, failed, recorded in rows
+        }
 
     def _times(self, group: str | None) -> dict[str | None, Times]:
         """The client's latency, by group, or of all under None."""
@@ -189,15 +216,16 @@ class _Maker:
         totals = self._totals(by_count) if self._counted else self._kept_totals(by_kept)
         times = self._times(group)
         return _top(
-            Group(name, count, failed, times.get(name, Times()))
-            for name, (count, failed) in totals.items()
+            Group(name, count, failed, times.get(name, Times()), *recorded)
+            for name, (count, failed, *recorded) in totals.items()
         )
 
     def _names(self) -> list[Group]:
         """Names are in transactions alone."""
         rows = self._found.rows(
-            f"SELECT name, sum(weight) AS n, sum(weight) FILTER ({_FAILED}) FROM transactions "
-            f"WHERE {self._kept.sql} GROUP BY name ORDER BY n DESC, name LIMIT {TOP}",
+            f"SELECT name, sum(weight) AS n, sum(weight) FILTER ({_FAILED}), count(*) "
+            f"FROM transactions WHERE {self._kept.sql} GROUP BY name ORDER BY n DESC, name "
+            f"LIMIT {TOP}",
             self._kept.parameters,
         )
         names = [row[0] for row in rows]
@@ -208,8 +236,8 @@ class _Maker:
             [*self._kept.parameters, [name for name in names if name is not None]],
         )
         return [
-            Group(name, int(count), int(failed or 0), times.get(name, Times()))
-            for name, count, failed in rows
+            Group(name, int(count), int(failed or 0), times.get(name, Times()), recorded)
+            for name, count, failed, recorded in rows
         ]
 
     def _slowest(self) -> list[dict[str, Any]]:

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A report for people, as text of 80 columns: no colour, nothing that a terminal would obey."""
+"""A report for people, as text: no colour, nothing that a terminal would obey."""
 
 from __future__ import annotations
 
 import textwrap
 from typing import TYPE_CHECKING
+
+from rich.cells import cell_len
 
 from tracer.report.figures import SHARES
 from tracer.show.cells import clean, duration, fit, fit_name
@@ -16,7 +18,9 @@ if TYPE_CHECKING:
     from tracer.report.figures import Coverage, Group, Report, Times
 
 _WIDTH = 80
-_NAME = 30
+_NAME = 30  # of the widest column, at that width
+_CLIENT = 21
+_WIDEST = 100  # for names, where nothing is cut
 _BLOCKS = " ▁▂▃▄▅▆▇█"
 _FIRST_OCTAVE, _LAST_OCTAVE = 9, 33  # 512 ns to 17 s; what is beyond is drawn at the ends
 _SHOWN = 5  # of the slowest
@@ -37,21 +41,37 @@ _WORDS = {
 }
 
 
-def render(report: Report) -> str:
-    """All of it; each line ends."""
+def render(report: Report, width: int | None = _WIDTH) -> str:
+    """All of it; each line ends. `width`: of the terminal; None: names are not cut."""
+    room = _room(report, width)
     lines = [*_head(report), "", *_stages(report)]
-    for name in ("pod", "backend", "server", "rcode", "type"):
+    for name in ("pod", "backend", "server", "rcode", "type", "name"):
         if report.by[name]:
-            lines += ["", *_groups(name, report.by[name])]
-    if report.by["name"]:
-        lines += ["", *_groups("name", report.by["name"])]
-        lines += _note("names: estimated from the transactions that were recorded")
+            lines += ["", *_groups(name, report.by[name], room)]
+    if any(_is_estimated(group) for groups in report.by.values() for group in groups):
+        lines += _note(
+            "'~': estimated from the transactions that were recorded one by one; from 100 of them, "
+            "give or take 20 %, and from fewer, more"
+        )
     if report.failures:
-        lines += ["", *_failures(report)]
+        lines += ["", *_failures(report, room)]
     if report.slowest:
-        lines += ["", *_slowest(report)]
+        lines += ["", *_slowest(report, room)]
     lines += ["", *_coverage(report.coverage)]
     return "".join(f"{line.rstrip()}\n" for line in lines)
+
+
+def _room(report: Report, width: int | None) -> int:
+    """How much wider than at 80 columns names may be."""
+    names = [
+        *(group.name for groups in report.by.values() for group in groups),
+        *(one.client for one in report.failures),
+        *(one.question for one in report.failures),
+        *(one["name"] for one in report.slowest),
+    ]
+    longest = max((cell_len(clean(name)) + 1 for name in names if name), default=0)
+    widest = _WIDEST if width is None else _NAME + max(0, width - _WIDTH)
+    return max(0, min(longest, widest) - _NAME)
 
 
 def _head(report: Report) -> Iterator[str]:
@@ -69,7 +89,14 @@ def _head(report: Report) -> Iterator[str]:
         for name, count in sorted(report.statuses.items(), key=lambda one: -one[1])
     )
     about = "" if report.counted else "about "
-    yield f"{about}{report.transactions:,} transactions" + (f": {statuses}" if statuses else "")
+    yield f"{about}{_count(report.transactions, 'transaction')}" + (
+        f": {statuses}" if statuses else ""
+    )
+    if report.by_servers:
+        yield from _note(
+            f"and {about}{report.by_servers:,} that DNS servers asked themselves, which are in no "
+            "other figure here (--namespace or --pod shows them)"
+        )
     if not report.counted:
         yield from _note(
             "estimated from the transactions that were recorded: the histograms cannot tell "
@@ -137,33 +164,41 @@ def _drawn(times: Times) -> str:
     )
 
 
-def _groups(name: str, groups: Sequence[Group]) -> Iterator[str]:
-    yield f"{_TITLES[name]:<{_NAME}}{'COUNT':>10}{'FAILED':>9}{'P50':>9}{'P99':>9}{'MAX':>9}"
+def _is_estimated(group: Group) -> bool:
+    return group.recorded is not None and group.recorded != group.count
+
+
+def _groups(name: str, groups: Sequence[Group], room: int) -> Iterator[str]:
+    width = _NAME + room
+    yield f"{_TITLES[name]:<{width}}{'COUNT':>10}{'FAILED':>9}{'P50':>9}{'P99':>9}{'MAX':>9}"
+    nobody = "no answer" if name == "rcode" else "unknown"
     for group in groups:
-        label = "unknown" if group.name is None else clean(group.name)
-        cell = fit_name(label, _NAME - 1) if name == "name" else fit(label, _NAME - 1)
+        label = nobody if group.name is None else clean(group.name)
+        cell = fit_name(label, width - 1) if name == "name" else fit(label, width - 1)
+        about = "~" if _is_estimated(group) else ""
         p50, _, p99, _ = group.times.quantiles
         yield (
-            f"{cell} {group.count:>10,}{group.failed:>9,}{duration(p50):>9}{duration(p99):>9}"
-            f"{duration(group.times.max_ns):>9}"
+            f"{cell} {f'{about}{group.count:,}':>10}{group.failed:>9,}{duration(p50):>9}"
+            f"{duration(p99):>9}{duration(group.times.max_ns):>9}"
         )
 
 
-def _failures(report: Report) -> Iterator[str]:
-    yield f"{'FAILED':>8}  {'CLIENT':<22}{'NAME':<30}WHAT"
+def _failures(report: Report, room: int) -> Iterator[str]:
+    client, name = _CLIENT + room // 2, _NAME - 1 + room - room // 2
+    yield f"{'FAILED':>8}  {'CLIENT':<{client + 1}}{'NAME':<{name + 1}}WHAT"
     for one in report.failures:
         what = one.rcode if one.status == "answered" and one.rcode else one.status
         if one.reason:
             what += f": {clean(one.reason)}"
         yield (
-            f"{one.count:>8,}  {fit(clean(one.client or 'unknown'), 21)} "
-            f"{fit_name(clean(one.question or '-'), 29)} {clean(what)}"
+            f"{one.count:>8,}  {fit(clean(one.client or 'unknown'), client)} "
+            f"{fit_name(clean(one.question or '-'), name)} {clean(what)}"
         )
         if one.place:
             yield from _wrap(f"at {clean(one.place)}", 10)
 
 
-def _slowest(report: Report) -> Iterator[str]:
+def _slowest(report: Report, room: int) -> Iterator[str]:
     yield "SLOWEST"
     for one in report.slowest[:_SHOWN]:
         client = one["client"] or {}
@@ -174,7 +209,8 @@ def _slowest(report: Report) -> Iterator[str]:
         by = backend.get("pod") or backend.get("ip") or "unknown"
         yield (
             f"{duration(one['latency_ns']):>8}  {one['time']:%H:%M:%S} "
-            f"{fit(clean(who or 'unknown'), 21)} {fit_name(clean(one['name'] or '-'), 30)} "
+            f"{fit(clean(who or 'unknown'), _CLIENT + room // 2)} "
+            f"{fit_name(clean(one['name'] or '-'), _NAME + room - room // 2)} "
             f"{clean(one['type'] or '-')}"
         )
         took = sorted(
@@ -184,12 +220,16 @@ def _slowest(report: Report) -> Iterator[str]:
         yield from _wrap(f"answered by {clean(by)}" + (f": {parts}" if parts else ""), 10)
 
 
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}" + ("" if number == 1 else "s")
+
+
 def _coverage(coverage: Coverage) -> Iterator[str]:
     yield "HOW COMPLETE THIS IS"
     if coverage.transactions:
         yield from _wrap(
-            f"{coverage.transactions:,} transactions were counted, of which "
-            f"{coverage.recorded:,} are recorded one by one",
+            f"{_count(coverage.transactions, 'transaction')} counted, of which "
+            f"{coverage.recorded:,} recorded one by one",
             2,
         )
     if coverage.skipped:
@@ -203,7 +243,12 @@ def _coverage(coverage: Coverage) -> Iterator[str]:
         else:
             yield f"  lost: {number:,} ({clean(kind.replace('_', ' '))})"
     for kind, number in coverage.unmatched.items():
-        yield f"  unmatched: {number:,} {clean(kind)}"
+        waited = kind == "queries"
+        yield (
+            f"  {number:,} still waited for an answer at the end, and in no figure"
+            if waited
+            else f"  unmatched: {number:,} {clean(kind)}"
+        )
     for node, start, end in coverage.gaps:
         yield from _wrap(
             f"nothing was recorded on {clean(node)} from {start:%H:%M:%S} to {end:%H:%M:%S}", 2

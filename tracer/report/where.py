@@ -40,6 +40,22 @@ class Where:
         return " AND ".join(self.conditions) or "true"
 
 
+def leaves_out_servers(filters: Filters) -> bool:
+    """Whether what DNS servers ask is none of the user's business.
+
+    It is for their clients' sake, and in their clients' time already. Who asks for pods, processes
+    or what servers see gets all that these do.
+    """
+    asks = filters.namespaces or filters.pods or filters.container or filters.comm
+    return not asks and filters.pid is None and filters.side == "client"
+
+
+def of_clients(where: Where) -> Where:
+    """The same, without what DNS servers ask."""
+    conditions = [*where.conditions, "NOT coalesce(by_server, false)"]
+    return Where(conditions, list(where.parameters), where.possible)
+
+
 def of_transactions(filters: Filters) -> Where:
     """For the table `transactions`."""
     where = Where()
