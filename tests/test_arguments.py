@@ -87,6 +87,24 @@ def test_what_makes_no_sense_is_said(
     with pytest.raises(SystemExit) as ended:
         arguments.parse(["continuous", f"--{option}", text])
     assert ended.value.code == 2
-    last = capsys.readouterr().err.splitlines()[-1]
+    (last,) = capsys.readouterr().err.splitlines()
     assert last.startswith("dnstrace continuous: error: ")
     assert f"--{option}" in last
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["continous"], "there is no command 'continous'; did you mean 'continuous'?"),
+        (["xyz"], "there is no command 'xyz' (there are: path, continuous, report, doctor, lab)"),
+        (["continuous", "--name", "x"], "here the kernel counts them"),
+        (["report", "--nmespace", "x"], "unrecognized arguments: --nmespace"),
+    ],
+)
+def test_what_is_not_there_is_said_with_what_is(
+    argv: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        arguments.parse(argv)
+    assert ended.value.code == 2
+    assert words in capsys.readouterr().err

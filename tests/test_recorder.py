@@ -204,6 +204,27 @@ def test_full_disk_stops_recording_and_nothing_else(
     assert len(rows(small_disk)) >= 1
 
 
+def test_what_was_written_before_the_disk_was_full_is_not_lost(small_disk: Path) -> None:
+    told: list[str | None] = []
+    one = recorder(small_disk, told=told)
+    one.write("histograms", [{"count": 7}], 7)
+    (small_disk / "filler").write_bytes(bytes(os.statvfs(small_disk).f_bavail * 4096))
+    n = 0
+    while one.problem is None:
+        n += 1
+        one.write("transactions", [transaction(n, os.urandom(1000).hex())], 1)
+    assert one.write("histograms", [{"count": 2}], 2) is False
+    given_up = one.given_up
+    assert given_up == 3
+    (small_disk / "filler").unlink()
+    one.try_again()
+    assert one.write("histograms", [{"count": 5}], 5) is True
+    one.close()
+    assert rows(small_disk, "histograms", "sum(count)") == [(12,)]
+    assert one.given_up == given_up
+    assert not list(small_disk.glob(".*part"))
+
+
 def look_until(one: Recorder, is_so: Callable[[], bool]) -> None:
     deadline_s = time.monotonic() + 30
     while not is_so():
@@ -310,12 +331,13 @@ def test_what_is_given_up_is_counted(small_disk: Path, monkeypatch: pytest.Monke
     tmp_path = small_disk
     one = recorder(tmp_path)
     one.write("transactions", [transaction(1), transaction(2)])
+    one.write("histograms", [{"count": 20}, {"count": 30}], 50)
     one.rotate()
     one.write("transactions", [transaction(3)])
     look_until(one, lambda: one.given_up > 0)
     monkeypatch.undo()
     one.close()
-    assert one.given_up == 2
+    assert one.given_up == 50
     assert rows(tmp_path, what="id") == [(3,)]
 
 
@@ -330,7 +352,7 @@ def test_directory_that_goes_away_is_told_and_counted(
     one.rotate()
     deadline_s = time.monotonic() + 30
     while one.given_up < 2 and time.monotonic() < deadline_s:
-        one.write("transactions", [transaction(2)])
+        one.write("histograms", [{"count": 1}], 1)
         one.look()
         time.sleep(0.1)
     one.close()

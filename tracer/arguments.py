@@ -4,10 +4,11 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import ipaddress
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from tracer import __version__
 from tracer.filters import duration_ns
@@ -30,28 +31,51 @@ commands:
 _EXAMPLES = """\
 examples:
   sudo dnstrace --namespace sre             all DNS of the pods in namespace sre
-  sudo dnstrace --failed --slower 100ms     what failed, or took longer than 100 ms
+  sudo dnstrace --failed --slower 100ms     what failed and took longer than 100 ms
   sudo dnstrace path --name 'www.*'         where the time goes for these names
   sudo dnstrace --json --duration 30s       JSON lines for half a minute, then a summary
 """
 COMMANDS = ("path", "continuous", "report", "doctor", "lab")
 _SPELLINGS = {"--continuous": "continuous", "--report": "report"}
+_OF_SINGLE_ONES = ("--pid", "--comm", "--name", "--failed")
 _TIMEOUT_MAX_NS = 60 * 10**9
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """The arguments, with `command` set. Exits with status 2 when they are wrong."""
     argv = [_SPELLINGS.get(argv[0], argv[0]), *argv[1:]] if argv else []
+    if argv and argv[0] not in COMMANDS and not argv[0].startswith("-"):
+        _live().error(f"there is no command {argv[0]!r}{_near(argv[0])}")
     command = argv[0] if argv and argv[0] in COMMANDS else "live"
     rest = argv if command == "live" else argv[1:]
     parser = _PARSERS[command]()
-    args = parser.parse_args(rest)
+    args, beyond = parser.parse_known_args(rest)
+    if beyond:
+        told = " ".join(beyond)
+        if command == "continuous" and beyond[0].partition("=")[0] in _OF_SINGLE_ONES:
+            told += (
+                " (a filter of single transactions; here the kernel counts them by pod, server, "
+            )
+            told += "backend, type and rcode)"
+        parser.error(f"unrecognized arguments: {told}")
     args.command = command
     return args
 
 
+class _Parser(argparse.ArgumentParser):
+    """One whose last word is what is wrong, and not buried under all that would be right."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}; see {self.prog} --help\n")
+
+
+def _near(word: str) -> str:
+    near = difflib.get_close_matches(word, COMMANDS, n=1)
+    return f"; did you mean {near[0]!r}?" if near else f" (there are: {', '.join(COMMANDS)})"
+
+
 def _live() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="dnstrace",
         description=_DESCRIPTION,
         epilog=_EXAMPLES,
@@ -64,7 +88,7 @@ def _live() -> argparse.ArgumentParser:
 
 
 def _path() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="dnstrace path",
         description="Shows each transaction as a waterfall of hops, with the time between them.",
         allow_abbrev=False,
@@ -74,7 +98,7 @@ def _path() -> argparse.ArgumentParser:
 
 
 def _continuous() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="dnstrace continuous",
         description="Runs until stopped. Transactions are counted in the kernel; only slow, failed "
         "and sampled ones leave it. SIGHUP completes the recording that is being written.",
@@ -106,7 +130,7 @@ def _continuous() -> argparse.ArgumentParser:
 
 
 def _report() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="dnstrace report",
         description="Where the time goes, stage by stage: from recordings (files, or directories "
         "of them, of one node or several), or without any, from a window of --duration.",
@@ -126,7 +150,7 @@ def _report() -> argparse.ArgumentParser:
 
 
 def _doctor() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="dnstrace doctor",
         description="Says what this kernel and host offer, what is missing, and how to get it. "
         "Exits with 3 if nothing can be traced.",
@@ -139,7 +163,7 @@ def _doctor() -> argparse.ArgumentParser:
 def _lab() -> argparse.ArgumentParser:
     from tracer.lab import cli as lab  # which tracing does without
 
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="dnstrace lab",
         description="A small cluster of network namespaces, with real CoreDNS and real DNAT.",
         allow_abbrev=False,

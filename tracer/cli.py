@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import platform
+import signal
 import sys
 import tempfile
 from dataclasses import replace
@@ -12,12 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tracer import arguments, streams
-from tracer.streams import OutputError, say
+from tracer.streams import OutputError, fail, say
 
 if TYPE_CHECKING:
     import argparse
 
     from tracer.cluster.sources import Way
+    from tracer.continuous.command import Outlets
     from tracer.filters import Filters
     from tracer.kernel.compile import Compilation
     from tracer.kernel.devices import Device
@@ -41,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     except OutputError as error:
         if sys.stdout is not None:
             streams.discard(sys.stdout)
-        say(str(error))
+        fail(str(error))
         return FAILED
     except KeyboardInterrupt:
         return OK
@@ -54,7 +56,9 @@ def _run(argv: list[str]) -> int:
             if args.command == "continuous":
                 from tracer.continuous.log import log
 
-                streams.say_by(lambda message: log("warning", message))
+                streams.say_by(lambda message, fatal: log("error" if fatal else "warning", message))
+                # There is nothing to complete yet.
+                signal.signal(signal.SIGHUP, signal.SIG_IGN)
         finally:
             sys.stdout.flush()  # the help, which may not have fitted
     if args.command == "lab":
@@ -79,6 +83,9 @@ def _report(args: argparse.Namespace) -> int:
         filters = _filters(args)
         filters.predicate()
         if args.files:
+            if args.duration is not None:
+                fail("--duration is of a live window: give it, or recordings")
+                return USAGE
             return command.show(args, args.files, filters)
         if args.duration is None:
             args.duration = _WINDOW_NS
@@ -89,10 +96,10 @@ def _report(args: argparse.Namespace) -> int:
             recorded = replace(filters, selector=None)
             return status or command.show(args, [args.window], recorded)
     except ValueError as error:
-        say(str(error))
+        fail(str(error))
         return USAGE
     except RecordingError as error:
-        say(str(error))
+        fail(str(error))
         return FAILED
 
 
@@ -130,16 +137,16 @@ def _trace_with(args: argparse.Namespace, compilation: Compilation | None) -> in
         filters.predicate()
         names = _Names(args, filters)
     except (ValueError, PodsFileError, ConfigError) as error:
-        say(str(error))
+        fail(str(error))
         return USAGE
     try:
         names.begin()
         return _trace_named(args, filters, names, compilation)
     except NobodyChosen as error:
-        say(str(error))
+        fail(str(error))
         return USAGE
     except Unsupported as error:
-        say(str(error))
+        fail(str(error))
         return UNSUPPORTED
     finally:
         names.end()
@@ -191,16 +198,40 @@ class _Names:
 def _trace_named(
     args: argparse.Namespace, filters: Filters, names: _Names, compilation: Compilation | None
 ) -> int:
-    from tracer.correlate.lookups import Lookups
-    from tracer.kernel import host
-    from tracer.kernel.session import KEEP_ALL, Keeping, Session
-    from tracer.run import Stop, Totals, Trace
+    from tracer.run import Stop
 
     by_pods = filters.namespaces or filters.pods or filters.selector or filters.backend_wanted()
     if by_pods or args.node or args.command in _COUNTED:
         names.keep_up.wait()
     names.chosen.check(say)
     stop = Stop(args.duration, hangup_stops=args.command != "continuous")
+    if args.command != "continuous":
+        return _trace_until(stop, args, filters, names, compilation)
+    from tracer.continuous import command
+    from tracer.continuous.recorder import RecorderError
+
+    try:
+        # What is in the way of these is known at once; arming takes seconds.
+        with command.outlets(args, names.node()) as outlets:
+            return _trace_until(stop, args, filters, names, compilation, outlets)
+    except (command.CannotServe, RecorderError) as error:
+        fail(str(error))
+        return FAILED
+
+
+def _trace_until(
+    stop: Stop,
+    args: argparse.Namespace,
+    filters: Filters,
+    names: _Names,
+    compilation: Compilation | None,
+    outlets: Outlets | None = None,
+) -> int:
+    from tracer.correlate.lookups import Lookups
+    from tracer.kernel import host
+    from tracer.kernel.session import KEEP_ALL, Keeping, Session
+    from tracer.run import Totals, Trace
+
     hooks = None if args.hooks == "auto" else args.hooks
     # Until somebody reads, little may leave.
     keeping = Keeping(share=0) if args.command == "continuous" else KEEP_ALL
@@ -210,7 +241,7 @@ def _trace_named(
             filters.pid or filters.comm or args.container or filters.slower
         ):
             what = "--pid, --comm, --container and --slower need socket hooks"
-            say(f"{what}: {'; '.join(session.notes)}")
+            fail(f"{what}: {'; '.join(session.notes)}")
             return UNSUPPORTED
         for found in host.confinement():
             say(f"{found.what} ({found.fix})")
@@ -219,7 +250,7 @@ def _trace_named(
         names.session = session
         names.keep_up.use(session)
         if args.command in _COUNTED:
-            return _count(args, filters, names, session, stop)
+            return _count(args, filters, names, session, stop, outlets)
         say(_armed(session, args))
         from tracer.output import make_output
 
@@ -240,9 +271,14 @@ def _trace_named(
 
 
 def _count(
-    args: argparse.Namespace, filters: Filters, names: _Names, session: Session, stop: Stop
+    args: argparse.Namespace,
+    filters: Filters,
+    names: _Names,
+    session: Session,
+    stop: Stop,
+    outlets: Outlets | None,
 ) -> int:
-    """Has the kernel count, until stopped or for a window."""
+    """Has the kernel count, until stopped, or without `outlets` for a window."""
     from tracer.continuous import command
     from tracer.continuous.recorder import RecorderError
 
@@ -250,13 +286,13 @@ def _count(
         session, names.identities, names.keep_up, stop, filters, names.node(), names.source
     )
     try:
-        if args.command == "continuous":
-            command.run(args, around)
+        if outlets is not None:
+            command.run(args, around, outlets)
         else:
             say(_armed(session, args))
             command.measure(args, around, args.window)
-    except (command.CannotServe, RecorderError) as error:
-        say(str(error))
+    except RecorderError as error:
+        fail(str(error))
         return FAILED
     return OK
 

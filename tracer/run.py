@@ -93,6 +93,7 @@ class Stop:
         self._woken.setblocking(False)
         self._wakes.setblocking(False)
         self._requested = False
+        self._started = False
         self._writing = False
         self._duration_ns = duration_ns
         self._end_s: float | None = None
@@ -106,6 +107,8 @@ class Stop:
             self._hung_up = True
             return
         self._requested = True
+        if not self._started:
+            raise KeyboardInterrupt  # nothing has been traced that must be told
         signal.setitimer(signal.ITIMER_REAL, _STALLED_S, _STALLED_S)
 
     def _give_up_writing(self, _number: int, _frame: FrameType | None) -> None:
@@ -122,7 +125,8 @@ class Stop:
             self._writing = False
 
     def start(self) -> None:
-        """The time that is allowed begins now."""
+        """The time that is allowed begins now, and a signal no longer interrupts, but asks."""
+        self._started = True
         if self._duration_ns:
             self._end_s = time.monotonic() + self._duration_ns / 1e9
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TextIO
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-_say: Callable[[str], None] | None = None
+_say: Callable[[str, bool], None] | None = None
 
 
 class OutputError(Exception):
@@ -50,16 +50,24 @@ def discard(stream: TextIO) -> None:
     os.close(nowhere)
 
 
-def say_by(how: Callable[[str], None]) -> None:
-    """Has `say` tell in another form from now on: there is no person at a terminal."""
+def say_by(how: Callable[[str, bool], None]) -> None:
+    """Has `say` and `fail` tell in another form from now on: there is no person at a terminal.
+
+    `how` is told the message, and whether it is why we end.
+    """
     global _say  # noqa: PLW0603 - the process has one stderr
     _say = how
 
 
-def say(message: str) -> None:
+def fail(message: str) -> None:
+    """One line on why we end."""
+    say(message, fatal=True)
+
+
+def say(message: str, *, fatal: bool = False) -> None:
     """One line for the person at the terminal."""
     if _say is not None:
-        _say(message)
+        _say(message, fatal)
         return
     if not message.isprintable():
         from tracer.show import cells  # which loads rich, and hardly any message needs it

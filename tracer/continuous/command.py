@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -19,7 +20,7 @@ from tracer.transaction import Server as TransactionServer
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from tracer.cluster.identities import Identities
@@ -51,34 +52,50 @@ class Surroundings:
     source: Source
 
 
-def run(args: argparse.Namespace, around: Surroundings) -> None:
-    """Until stopped. Raises CannotServe and RecorderError before anything is counted."""
-    memory.share_one_arena()
+@dataclass(frozen=True, slots=True)
+class Outlets:
+    """Where what is counted goes."""
+
+    figures: Figures
+    recorder: Recorder | None
+    server: Server | None
+
+
+@contextmanager
+def outlets(args: argparse.Namespace, node: str) -> Iterator[Outlets]:
+    """Open in the block. Raises CannotServe and RecorderError."""
     figures = Figures(max(STALE_S, _MISSED * args.interval / 1e9))
-    recorder = None
+    recorder = _recorder(args, args.record, node) if args.record else None
     server = None
     try:
-        if args.record:
-            recorder = _recorder(args, args.record, around.node)
-        if args.metrics:
-            server = _serve(args.metrics, figures)
-        asked = Keeping(slower_ns=args.slower, share=args.sample, notable_share=1)
-        if recorder is None:  # nobody would read what leaves
-            asked = Keeping(slower_ns=args.slower, share=0, notable_share=0)
-        loop = _loop(args, around, figures, recorder, Budget(args.cpu_budget, asked, cpu_s))
-        loop.interval_s = args.interval / 1e9
-        log(
-            "info", "tracing",
-            hooks=around.session.hooks,
-            devices=around.session.devices.count(),
-            metrics=f"http://{_netloc(args.metrics[0], server.port)}/metrics" if server else None,
-            record=str(args.record) if args.record else None,
-        )  # fmt: skip
-        loop.run()
-        _tell_end(loop)
+        server = _serve(args.metrics, figures) if args.metrics else None
+        yield Outlets(figures, recorder, server)
     finally:
         if server:
             server.close()
+        if recorder:
+            recorder.close()
+
+
+def run(args: argparse.Namespace, around: Surroundings, outlets: Outlets) -> None:
+    """Until stopped."""
+    memory.share_one_arena()
+    asked = Keeping(slower_ns=args.slower, share=args.sample, notable_share=1)
+    if outlets.recorder is None:  # nobody would read what leaves
+        asked = Keeping(slower_ns=args.slower, share=0, notable_share=0)
+    budget = Budget(args.cpu_budget, asked, cpu_s)
+    loop = _loop(args, around, outlets.figures, outlets.recorder, budget)
+    loop.interval_s = args.interval / 1e9
+    at = _netloc(args.metrics[0], outlets.server.port) if outlets.server else None
+    log(
+        "info", "tracing",
+        hooks=around.session.hooks,
+        devices=around.session.devices.count(),
+        metrics=f"http://{at}/metrics" if at else None,
+        record=str(args.record) if args.record else None,
+    )  # fmt: skip
+    loop.run()
+    _tell_end(loop)
 
 
 def measure(args: argparse.Namespace, around: Surroundings, directory: Path) -> None:
@@ -166,10 +183,16 @@ def _recorder(args: argparse.Namespace, directory: Path, node: str) -> Recorder:
         else:
             log("error", problem, directory=str(directory))
 
-    return Recorder(
+    recorder = Recorder(
         directory, node,
         rotate_s=args.rotate / 1e9, size_max=args.keep_size, age_max_s=args.keep_age, tell=tell,
     )  # fmt: skip
+    if recorder.taken_over:
+        log(
+            "info", "recordings that the last run did not complete are completed",
+            journals=recorder.taken_over, directory=str(directory),
+        )  # fmt: skip
+    return recorder
 
 
 def _serve(where: tuple[str, int], figures: Figures) -> Server:

@@ -141,6 +141,7 @@ class Continuous:
                 self._keep_to_budget(now_s)
             if self.recorder is not None:
                 if stop.hung_up():
+                    self.recorder.try_again()
                     self._reading()
                     self.recorder.rotate()
                 self.recorder.look()
@@ -303,7 +304,7 @@ class Continuous:
         rows = []
         for labels, entry in entries:
             rows += histogram_rows(labels, entry, self._interval_ns, now_ns)
-        recorder.write("histograms", rows)
+        recorder.write("histograms", rows, transactions)
         lost, unmatched = self.losses()
         not_kept, skipped = self._spared()
         now = {
@@ -314,7 +315,6 @@ class Continuous:
             **{f"unmatched {kind}": number for kind, number in unmatched.items()},
         }
         fresh = {name: number - self._told.get(name, 0) for name, number in now.items()}
-        self._told = now
         row = {
             "time_start_ns": self._interval_ns,
             "time_end_ns": now_ns,
@@ -327,7 +327,13 @@ class Continuous:
             "unmatched": {kind: fresh[f"unmatched {kind}"] for kind in unmatched},
             "problem": self.source.problem(),
         }
-        recorder.write("coverage", [row])
+        is_told = recorder.write("coverage", [row])
+        # What was lost is told later where it could not be told now.
+        self._told |= {
+            name: number
+            for name, number in now.items()
+            if is_told or not name.startswith(("lost ", "unmatched "))
+        }
 
     def losses(self) -> tuple[dict[str, int], dict[str, int]]:
         """What was seen but is in no transaction, and messages without their counterpart."""
@@ -395,6 +401,8 @@ class Continuous:
             self._own_but_waiting(waiting)
         self._own_but_waiting(self._of_servers(self._connections.flush()))
         self.keep_up()
+        if self.recorder is not None:
+            self.recorder.try_again()
         self._name_late(0, at_once=True)
         self._reading(last=True)
         if self.recorder is not None:

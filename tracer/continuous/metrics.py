@@ -88,7 +88,7 @@ class Figures:
         # How many of each there are, by client: (kind, namespace, pod).
         self._shares: Counter[tuple[Any, ...]] = Counter()
         self._health = Health()
-        self._alive_s = 0.0
+        self._alive_s = time.monotonic()
         self._is_ready = False
         self._version = 0  # another one whenever anything has changed
         self._render_lock = threading.Lock()

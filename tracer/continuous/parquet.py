@@ -131,15 +131,18 @@ def convert(journal: Path, directory: Path) -> None:
             part = directory / f".{target.name}{PART}"
             chosen = ", ".join(_column(name) for name in columns)
             # The last line of a run that was killed may be cut short: a row of nothing.
-            database.execute(
-                f"COPY (SELECT {chosen} FROM read_json(?, format = 'newline_delimited', "  # noqa: S608
-                f"columns = {_struct(columns)}, ignore_errors = true, hive_partitioning = false, "
-                f"maximum_object_size = 67108864) WHERE node IS NOT NULL) "
-                f"TO '{_quoted(part)}' (FORMAT parquet, COMPRESSION zstd, "
-                f"ROW_GROUP_SIZE {_ROW_GROUP})",
-                [str(source)],
-            )
-            _settle(part, target)
+            try:
+                database.execute(
+                    f"COPY (SELECT {chosen} FROM read_json(?, format = 'newline_delimited', "  # noqa: S608
+                    f"columns = {_struct(columns)}, ignore_errors = true, "
+                    "hive_partitioning = false, maximum_object_size = 67108864) "
+                    f"WHERE node IS NOT NULL) TO '{_quoted(part)}' (FORMAT parquet, "
+                    f"COMPRESSION zstd, ROW_GROUP_SIZE {_ROW_GROUP})",
+                    [str(source)],
+                )
+                _settle(part, target)
+            finally:
+                part.unlink(missing_ok=True)
     shutil.rmtree(journal)
 
 

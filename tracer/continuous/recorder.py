@@ -45,10 +45,10 @@ class RecorderError(Exception):
 
 @dataclass(slots=True)
 class _Journal:
-    """What was written, and is not in a file yet. `rows`: transactions of this run in it."""
+    """What was written, and is not in a file yet. `counted`: transactions, as far as known."""
 
     path: Path
-    rows: int = 0
+    counted: int = 0
     tries: int = 0
 
 
@@ -77,7 +77,9 @@ class Recorder:
         self._tell = tell
         self.problem: str | None = None
         self.rows = 0  # transactions that were written
-        self.given_up = 0  # transactions that are in no file and will be in none
+        # Transactions that were counted, but are in no file and will be in none.
+        self.given_up = 0
+        self.taken_over = 0  # journals of the run before
         self._journal: _Journal | None = None
         self._files: dict[str, BinaryIO] = {}
         self._began_s = 0.0
@@ -89,37 +91,45 @@ class Recorder:
         self._closing = False
         try:
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._lock = os.open(directory / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock = os.open(directory / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise RecorderError(
                 f"{directory}: another dnstrace records there; give another directory"
             ) from error
         except OSError as error:
             raise RecorderError(f"{directory}: {error.strerror}; give another directory") from error
+        self._lock: int | None = lock
         self._take_over()
 
-    def write(self, kind: str, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Adds rows (a key of COLUMNS, and what it has). Never raises OSError."""
+    def write(self, kind: str, rows: Iterable[Mapping[str, Any]], counted: int = 0) -> bool:
+        """Adds rows (a key of COLUMNS, and what it has). Whether it did; never raises OSError.
+
+        `counted`: how many transactions these rows tell of that no rows before did.
+        """
         lines = [_line({"node": self._node, **row}) for row in rows]
         if not lines:
-            return
-        transactions = len(lines) if kind == "transactions" else 0
+            return True
         if self.problem is not None and time.monotonic() < self._retry_s:
-            self.given_up += transactions
-            return
+            self.given_up += counted
+            return False
         try:
             journal = self._open_journal()
             file = self._file(journal, kind)
             written = file.write(b"".join(lines))
             file.flush()
         except OSError as error:
-            self.given_up += transactions
+            self.given_up += counted
             self._fail(f"recordings are not written: {error.strerror} ({self._directory})")
-            return
+            return False
         self._bytes += written
-        self.rows += transactions
-        journal.rows += transactions
+        self.rows += len(lines) if kind == "transactions" else 0
+        journal.counted += counted
+        return True
+
+    def try_again(self) -> None:
+        """Whatever failed is tried at once, and not only in a while."""
+        self._retry_s = self._convert_s = 0.0
 
     def look(self) -> None:
         """Rotates when it is time, and looks after what is being converted; call it often."""
@@ -143,6 +153,8 @@ class Recorder:
 
     def close(self) -> None:
         """Rotates, and waits until all is converted. What fails now, the next start tries again."""
+        if self._lock is None:
+            return
         self._closing = True
         self.rotate()
         deadline_s = time.monotonic() + _STOPPING_S
@@ -156,6 +168,7 @@ class Recorder:
             self._converting[0].kill()
             self._converting[0].communicate()
         os.close(self._lock)
+        self._lock = None
 
     def _open_journal(self) -> _Journal:
         if self._journal is None:
@@ -189,6 +202,7 @@ class Recorder:
         for found in sorted(self._directory.iterdir()):
             if found.name.startswith(_JOURNAL) and found.is_dir() and not found.is_symlink():
                 self._waiting.append(_Journal(found))
+                self.taken_over += 1
             elif found.name.endswith(f".parquet{PART}") and found.name.startswith("."):
                 with suppress(OSError):
                     found.unlink()
@@ -241,8 +255,8 @@ class Recorder:
         elif self._is_full():
             # What was to be recorded is given up, to have room for what comes.
             shutil.rmtree(journal.path, ignore_errors=True)
-            self.given_up += journal.rows
-            self._say(f"a recording of {journal.rows} transactions was given up: {why}")
+            self.given_up += journal.counted
+            self._say(f"a recording of {journal.counted} transactions was given up: {why}")
         else:
             self._say(f"a recording is not complete, and is left for the next start: {why}")
 
@@ -264,14 +278,13 @@ class Recorder:
             self._tell(None)
 
     def _fail(self, problem: str) -> None:
-        """What is being written now is given up, for a while."""
+        """Nothing is written for a while. What was written by now becomes files, if it can."""
         for file in self._files.values():
             with suppress(OSError):
                 file.close()
         self._files.clear()
         if self._journal is not None:
-            shutil.rmtree(self._journal.path, ignore_errors=True)
-            self.given_up += self._journal.rows
+            self._waiting.append(self._journal)
             self._journal = None
         self._say(problem)
         self._retry_s = time.monotonic() + _RETRY_S
