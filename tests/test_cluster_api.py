@@ -469,6 +469,9 @@ def test_server_that_nobody_vouches_for_is_not_trusted(server: ApiServer, tmp_pa
     with watching(path, synced=False) as watch:
         eventually(lambda: watch.status().problem)
         assert f"{server.url} is not trusted: " in watch.status().text
+        # As when its certificate is renewed, and the kubeconfig with it.
+        path.write_text(server.kubeconfig(TRACER).read_text())
+        eventually(lambda: watch.status().problem is None, 20.0)
 
 
 _NO_SERVER = {

@@ -179,7 +179,8 @@ def _check_context(paths: tuple[str, ...], context: str) -> None:
 class Connection:
     """Requests to an API server, from any thread. `made` counts them.
 
-    Credentials that the server no longer takes are read again.
+    Credentials that the server no longer takes are read again, and so is whom to trust, where the
+    server is not trusted any more.
     """
 
     def __init__(self, source: ApiSource) -> None:
@@ -227,7 +228,6 @@ class Connection:
         import urllib3
 
         loaded = self._loaded
-        response = None
         try:
             with _in_words(self.server, patience_s):
                 self.made += 1
@@ -241,6 +241,11 @@ class Connection:
                     retries=False,
                     redirect=False,
                 )
+        except RequestError as error:
+            if isinstance(error.__cause__, urllib3.exceptions.SSLError):
+                self._load_again(loaded)
+            raise
+        try:
             stream = Stream(response, self.server, patience_s)
             if response.status == 401:
                 self._load_again(loaded)
@@ -248,10 +253,9 @@ class Connection:
                 raise _refusal(stream, response.status, response.headers)
             yield stream
         finally:
-            if response is not None:
-                # Of what was not read to the end, the connection cannot be used again.
-                with suppress(OSError, urllib3.exceptions.HTTPError):
-                    response.close()
+            # Of what was not read to the end, the connection cannot be used again.
+            with suppress(OSError, urllib3.exceptions.HTTPError):
+                response.close()
 
     def close(self) -> None:
         """No requests may be made any more."""
