@@ -408,16 +408,13 @@ def test_credentials_are_read_again_when_they_are_not_taken_any_more(server: Api
 def test_service_account_of_a_pod_is_used(
     server: ApiServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from kubernetes.config import incluster_config
-
     token = tmp_path / "token"
     token.write_text(f"{TRACER}\n")
     kubeconfig = json.loads(server.kubeconfig(TRACER).read_text())
     authority = kubeconfig["clusters"][0]["cluster"]["certificate-authority-data"]
     (tmp_path / "ca.crt").write_bytes(base64.b64decode(authority))
     monkeypatch.setattr(api, "_SERVICE_ACCOUNT", str(token))
-    monkeypatch.setattr(incluster_config, "SERVICE_TOKEN_FILENAME", str(token))
-    monkeypatch.setattr(incluster_config, "SERVICE_CERT_FILENAME", str(tmp_path / "ca.crt"))
+    monkeypatch.setattr(api, "_SERVICE_AUTHORITY", str(tmp_path / "ca.crt"))
     monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "127.0.0.1")
     monkeypatch.setenv("KUBERNETES_SERVICE_PORT", str(server.port))
     monkeypatch.setenv("HOME", str(tmp_path))

@@ -1,19 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """The way to the API server: where it is written down, and requests to it.
 
-The `kubernetes` client reads configurations, authenticates and makes connections. What comes back
-is handed on as bytes: its model objects take a hundred kilobytes per pod. It is imported where a
-connection is made, which is not in the thread that traces.
+The `kubernetes` client reads configurations and authenticates, in a process of its own (see
+kubeconfig.py); its urllib3 makes the connections, and what comes back is handed on as bytes: the
+client's model objects would take a hundred kilobytes per pod.
 """
 
 from __future__ import annotations
 
+import base64
 import errno
-import logging
 import os
 import pwd
 import socket
-import tempfile
+import subprocess
+import sys
 import threading
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -21,10 +22,15 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
+from tracer.cluster import kubeconfig
+
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
+    import urllib3
+
 _SERVICE_ACCOUNT = "/var/run/secrets/kubernetes.io/serviceaccount/token"
+_SERVICE_AUTHORITY = "/var/run/secrets/kubernetes.io/serviceaccount/ca.crt"
 # What installers leave on a node; the kubelet's own may read what is on its node.
 _WELL_KNOWN = (
     "/etc/kubernetes/admin.conf",
@@ -194,7 +200,7 @@ class Connection:
     @property
     def server(self) -> str:
         """The API server's URL."""
-        return one_line(str(self._configuration.host))
+        return one_line(self._way.host)
 
     def get(
         self,
@@ -228,14 +234,16 @@ class Connection:
         import urllib3
 
         loaded = self._loaded
+        value = self._way.authorization
+        authorization = {"Authorization": value} if value else {}
         try:
             with _in_words(self.server, patience_s):
                 self.made += 1
                 response = self._pool.request(
                     "GET",
-                    self._configuration.host + path,
+                    self._way.host + path,
                     fields=query,
-                    headers={"Accept": accept, "User-Agent": "dnstrace", **self._authorization()},
+                    headers={"Accept": accept, "User-Agent": "dnstrace", **authorization},
                     timeout=urllib3.Timeout(connect=min(patience_s, 5.0), read=patience_s),
                     preload_content=False,
                     retries=False,
@@ -262,12 +270,6 @@ class Connection:
         self._pool.clear()
         _close(self._files)
 
-    def _authorization(self) -> dict[str, str]:
-        with self._lock:  # it may read a file or run a command to have a fresh token
-            setting = self._configuration.auth_settings().get("BearerToken")
-        value = setting and setting.get("value")
-        return {"Authorization": str(value).strip()} if value else {}
-
     def _load_again(self, loaded: int) -> None:
         """Reads the configuration again, unless another thread has done so since."""
         with self._lock:
@@ -276,66 +278,97 @@ class Connection:
                     self._load()
 
     def _load(self) -> None:
-        from kubernetes.client import Configuration
-        from kubernetes.client.rest import RESTClientObject
-
-        configuration = Configuration()
+        way = _way(self._source)
         files: list[int] = []
         try:
-            with tempfile.TemporaryDirectory(prefix="dnstrace-") as directory:
-                self._read_configuration(configuration, directory)
-                for name in ("ssl_ca_cert", "cert_file", "key_file"):
-                    files += _keep_in_memory(configuration, name, directory)
-            configuration.socket_options = list(_KEEPALIVE)
-            configuration.connection_pool_maxsize = 16
-            pool = RESTClientObject(configuration).pool_manager
+            pool = _pool(way, files)
         except (ImportError, OSError, ValueError) as error:  # of a proxy's URL; of a full disk
             _close(files)
             raise ConfigError(one_line(f"{self._source}: {error}")) from error
-        except ConfigError:
-            _close(files)
-            raise
-        if not configuration.verify_ssl:
-            import urllib3
-
-            urllib3.disable_warnings(urllib3.exceptions.InsecureRequestWarning)
-        self._configuration, self._pool = configuration, pool
+        self._way, self._pool = way, pool
         self._loaded += 1
         _close(self._files)
         self._files = files
 
-    def _read_configuration(self, configuration: Any, directory: str) -> None:
-        """Raises ConfigError."""
-        import yaml
-        from kubernetes import config
 
-        # The client takes what is in a file for granted; it need not be a kubeconfig at all.
+@dataclass(frozen=True, slots=True)
+class _Way:
+    """As in kubeconfig.FOUND; files as what is in them."""
+
+    host: str
+    authorization: str | None = None
+    authority: bytes | None = None
+    certificate: bytes | None = None
+    key: bytes | None = None
+    verify: bool = True
+    server_name: str | None = None
+    proxy: str | None = None
+
+
+def _way(source: ApiSource) -> _Way:
+    """Raises ConfigError."""
+    if not source.paths:
+        host, port = (os.environ.get(f"KUBERNETES_SERVICE_{what}", "") for what in ("HOST", "PORT"))
+        at = f"[{host}]" if ":" in host else host
         try:
-            if not self._source.paths:
-                config.load_incluster_config(configuration)
-                return
-            configuration.host = ""
-            with _listening() as heard:
-                config.load_kube_config(
-                    ":".join(self._source.paths),
-                    self._source.context,
-                    configuration,
-                    persist_config=False,
-                    temp_file_path=directory,
-                )
-        except config.ConfigException as error:
-            raise ConfigError(one_line(f"{self._source}: {error}")) from error
+            token = _read(_SERVICE_ACCOUNT).decode(errors="replace").strip()
+            authority = _read(_SERVICE_AUTHORITY)
         except OSError as error:
-            what = f"{error.filename or ''} {error.strerror}"
-            raise ConfigError(one_line(f"{self._source}: {what}")) from error
-        except (
-            yaml.YAMLError, AttributeError, LookupError, TypeError, ValueError,
-        ) as error:  # fmt: skip
-            raise ConfigError(one_line(f"{self._source} is not a kubeconfig: {error}")) from error
-        if heard.words:
-            raise ConfigError(one_line(f"{self._source} gives no credentials: {heard.words}"))
-        if not str(configuration.host).startswith(("https://", "http://")):
-            raise ConfigError(one_line(f"{self._source} names no server"))
+            raise ConfigError(one_line(f"{source}: {error.filename}: {error.strerror}")) from error
+        return _Way(f"https://{at}:{port or 443}", f"Bearer {token}", authority)
+    command = [sys.executable, "-P", kubeconfig.__file__]
+    command += [":".join(source.paths), source.context or "", str(source)]
+    try:
+        said = subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout
+        found = orjson.loads(said)
+    except (OSError, subprocess.SubprocessError, orjson.JSONDecodeError) as error:
+        raise ConfigError(one_line(f"{source} cannot be read: {error}")) from error
+    if "error" in found:
+        raise ConfigError(one_line(found["error"]))
+    for name in ("authority", "certificate", "key"):
+        found[name] = base64.b64decode(found[name]) if found[name] is not None else None
+    return _Way(**found)
+
+
+def _pool(way: _Way, files: list[int]) -> urllib3.PoolManager:
+    """`files` takes the descriptors that it needs. Raises ImportError, OSError, ValueError."""
+    import urllib3
+
+    settings: dict[str, Any] = {
+        "cert_reqs": "CERT_REQUIRED" if way.verify else "CERT_NONE",
+        "cert_file": _in_memory("certificate", way.certificate, files),
+        "key_file": _in_memory("key", way.key, files),
+        "socket_options": list(_KEEPALIVE),
+        "maxsize": 16,
+    }
+    if way.authority is not None:
+        settings["ca_cert_data"] = way.authority.decode("latin-1")
+    if way.server_name:
+        settings["server_hostname"] = way.server_name
+    if not way.verify:
+        urllib3.disable_warnings(urllib3.exceptions.InsecureRequestWarning)
+    if way.proxy is None:
+        return urllib3.PoolManager(**settings)
+    if way.proxy.startswith("socks"):
+        from urllib3.contrib.socks import SOCKSProxyManager
+
+        return SOCKSProxyManager(way.proxy, **settings)
+    return urllib3.ProxyManager(way.proxy, **settings)
+
+
+def _in_memory(name: str, content: bytes | None, files: list[int]) -> str | None:
+    """A path for TLS, which takes keys from files only: none is on disk if we are killed."""
+    if content is None:
+        return None
+    kept = os.memfd_create(f"dnstrace-{name}")
+    files.append(kept)
+    os.write(kept, content)
+    return f"/proc/self/fd/{kept}"
+
+
+def _read(path: str) -> bytes:
+    with open(path, "rb") as file:
+        return file.read(_CONFIG_MAX)
 
 
 class Stream:
@@ -369,41 +402,6 @@ class Stream:
         """Ends it, for whoever waits for its next piece in another thread."""
         with suppress(OSError, ValueError, RuntimeError, AttributeError):
             self._response.shutdown()
-
-
-class _Heard(logging.Handler):
-    """Keeps what the client says of credentials; else it would print that, and go on without."""
-
-    words = ""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.words = record.getMessage()
-
-
-@contextmanager
-def _listening() -> Iterator[_Heard]:
-    log, heard = logging.getLogger(), _Heard(logging.ERROR)
-    log.addHandler(heard)
-    try:
-        yield heard
-    finally:
-        # Without any handler, the client's next word would have one made that prints.
-        if not any(isinstance(handler, logging.NullHandler) for handler in log.handlers):
-            log.addHandler(logging.NullHandler())
-        log.removeHandler(heard)
-
-
-def _keep_in_memory(configuration: Any, name: str, directory: str) -> list[int]:
-    """Moves a file into memory, as TLS takes keys from files only: none stays if we are killed."""
-    path = str(getattr(configuration, name) or "")
-    if not path.startswith(directory + "/"):
-        return []
-    with open(path, "rb") as file:
-        content = file.read(_CONFIG_MAX)
-    kept = os.memfd_create(f"dnstrace-{name}")
-    os.write(kept, content)
-    setattr(configuration, name, f"/proc/self/fd/{kept}")
-    return [kept]
 
 
 def _close(files: list[int]) -> None:
