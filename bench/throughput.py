@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 from bench import load, machine, paths, report
 from bench.errors import BenchError
 from bench.load import Load, Settings
-from bench.variants import FILTERED, VARIANTS, WITH_KUBERNETES, Figures, Variant
+from bench.variants import FILTERED, VARIANTS, Figures, Variant
 from tracer.lab import Lab, LabError
 
 if TYPE_CHECKING:
@@ -202,7 +202,7 @@ class Bench:
         return sent[replica.veth], sent[_UPLINK]
 
     def more(self) -> dict[str, object]:
-        """What is measured apart, because measuring it costs: time per program run, and memory."""
+        """What is measured apart, because measuring it costs: time per program run."""
         by_traffic: dict[str, object] = {}
         with machine.program_statistics():
             for traffic in ("dns", "udp", "tcp"):
@@ -216,14 +216,7 @@ class Bench:
                 print(f"BPF programs under {traffic} traffic ({sum(packets.values()):,} of it)")
                 print(report.programs(runs, packets, unit))
                 by_traffic[traffic] = {"programs": runs, "sent": packets}
-        with WITH_KUBERNETES(self.lab, self.scratch) as figures:
-            load.run(self.settings.lasting(_WARM_UP_S), self.queries)
-        print(
-            f"with kubernetes.client loaded: armed after {figures.armed_s:.2f} s, "
-            f"RSS {figures.memory_kib['VmRSS'] / report.MIB:.0f} MiB, "
-            f"peak {figures.memory_kib['VmHWM'] / report.MIB:.0f} MiB\n"
-        )
-        return {"programs": by_traffic, "with_kubernetes": asdict(figures)}
+        return {"programs": by_traffic}
 
     def _send(self, traffic: str) -> int:
         """Traffic for a while; how much."""

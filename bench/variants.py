@@ -43,11 +43,6 @@ _LOST_IN_WORDS = {
     "filtered": "quer(?:y|ies) left out",
     "preempted": "packets? not looked at",
 }
-# Runs the tracer in a process that has loaded the Kubernetes client too.
-_LOADING_KUBERNETES = (
-    "import kubernetes.client; kubernetes.client.CoreV1Api(); "
-    "from tracer.cli import main; import sys; sys.exit(main(sys.argv[1:]))"
-)
 
 
 @dataclass(slots=True)
@@ -117,13 +112,12 @@ def tcpdump(_lab: Lab, scratch: Path) -> Iterator[Figures]:
     capture.unlink()
 
 
-def tracer(*arguments: str, with_kubernetes: bool = False) -> Watch:
+def tracer(*arguments: str) -> Watch:
     """dnstrace with these arguments, its stdout in a file."""
 
     @contextmanager
     def watch(lab: Lab, scratch: Path) -> Iterator[Figures]:
-        start = ["-c", _LOADING_KUBERNETES] if with_kubernetes else ["-m", "tracer"]
-        argv = [sys.executable, *start, *arguments, "--pods", str(lab.pods_file)]
+        argv = [sys.executable, "-m", "tracer", *arguments, "--pods", str(lab.pods_file)]
         shown = scratch / "dnstrace.out"
         began = time.monotonic()
         with shown.open("wb") as stdout, _process(argv, stdout=stdout) as process:
@@ -249,7 +243,6 @@ def _stop(process: subprocess.Popen[bytes], number: signal.Signals) -> float:
 
 
 FILTERED = tracer("--json", "--rcode", "SERVFAIL")
-WITH_KUBERNETES = tracer("--json", "--rcode", "SERVFAIL", with_kubernetes=True)
 VARIANTS = (
     Variant("untraced", "nothing watches", untraced),
     Variant("empty", "programs that return at once, on the tracer's own hooks", empty_programs),
