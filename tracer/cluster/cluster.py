@@ -16,7 +16,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from tracer.cluster import node_name, objects
-from tracer.cluster.api import ConfigError, Connection, RequestError, one_line
+from tracer.cluster.api import Connection, RequestError
+from tracer.cluster.configured import ConfigError, one_line
 from tracer.cluster.model import Endpoint, Inventory, Pod, Service
 from tracer.cluster.node_name import Choice, Machine
 from tracer.cluster.objects import KnownNode, KnownService, Malformed, Slice
@@ -25,7 +26,7 @@ from tracer.cluster.watch import Reflector, Resource, Timing
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Sized
 
-    from tracer.cluster.api import ApiSource
+    from tracer.cluster.configured import ApiSource
     from tracer.cluster.objects import Key
 
 T = TypeVar("T")
@@ -231,7 +232,7 @@ class ClusterWatch:
         """Until there is a configuration that can be used; False if stopped before."""
         while not self._stopping.is_set():
             try:
-                connection = self._source.connect()
+                connection = Connection(self._source)
             except ConfigError as error:
                 with self._news:
                     self._config_error = str(error)

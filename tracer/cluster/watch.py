@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 import orjson
 
 from tracer.cluster import objects
-from tracer.cluster.api import RequestError, Silence, Stream, one_line
+from tracer.cluster.api import RequestError, Silence, Stream
+from tracer.cluster.configured import one_line
 from tracer.cluster.objects import Malformed
 
 if TYPE_CHECKING:
