@@ -60,6 +60,8 @@ class Connection:
     server is not trusted any more.
     """
 
+    _pool: urllib3.PoolManager
+
     def __init__(self, source: ApiSource) -> None:
         self.made = 0
         self._source = source
@@ -156,6 +158,8 @@ class Connection:
         except (ImportError, OSError, ValueError) as error:  # of a proxy's URL; of a full disk
             _close(files)
             raise ConfigError(one_line(f"{self._source}: {error}")) from error
+        if self._loaded:
+            self._pool.clear()  # what is in use is closed by whoever uses it
         self._way, self._pool = way, pool
         self._loaded += 1
         _close(self._files)
