@@ -350,6 +350,7 @@ static __always_inline void seen(struct source *source, u64 skb, struct scratch 
 		}
 	} else if (status == STATUS_EVICTED ||
 		   (slot && status == STATUS_TIMEOUT && free_slots.pop(&number))) {
+		crowded(place->t_ns);
 		count(COUNT_TABLE_FULL);
 		return;
 	} else if (status != STATUS_TIMEOUT) {

@@ -146,15 +146,12 @@ static __always_inline struct series *series_for(struct tally *tally)
 	other->backend = BACKEND_OVERFLOW;
 	other->cgroup_id = key->cgroup_id;
 	other->netns = key->netns;
-	other->client_addr[0] = key->client_addr[0];
-	other->client_addr[1] = key->client_addr[1];
 	series = all_series.lookup(other);
 	if (!series)
 		series = begin_series(other, tally);
 	if (series)
 		return series;
 	other->cgroup_id = other->netns = 0;
-	other->client_addr[0] = other->client_addr[1] = 0;
 	return all_series.lookup(other);
 }
 
@@ -193,8 +190,27 @@ static __always_inline void close_span(struct transaction *slot)
 	if (!slot->by_server || !slot->end_ns)
 		return;
 	span = upstream_spans.lookup(&key);
-	if (span && span->start_ns <= slot->start_ns && span->end_ns < slot->end_ns)
+	if (!span)
+		return;
+	if (slot->start_ns < span->start_ns) {
+		if (span->former_end_ns < slot->end_ns)
+			span->former_end_ns = slot->end_ns;
+		return;
+	}
+	if (span->end_ns < slot->end_ns)
 		span->end_ns = slot->end_ns;
+	if (span->waiting)
+		__sync_fetch_and_add(&span->waiting, -1);
+}
+
+/* How much of the time from one moment to another lies between two more; 0 if none. */
+static __always_inline u64 overlap(u64 from_ns, u64 to_ns, u64 start_ns, u64 end_ns)
+{
+	/* Without branches: see equal. Times are below 2^63. */
+	u64 first_ns = either((start_ns - from_ns) >> 63, from_ns, start_ns);
+	u64 last_ns = either((to_ns - end_ns) >> 63, to_ns, end_ns);
+
+	return (last_ns - first_ns) * (1 - ((last_ns - first_ns) >> 63));
 }
 
 /*
@@ -207,20 +223,21 @@ static __always_inline void part_upstream(struct transaction *slot, struct tally
 {
 	struct span_key key = { .cgroup_id = slot->server_cgroup_id,
 				.question_hash = slot->question_hash };
-	u64 from_ns, to_ns, waited_us, unanswered, of_another, too_late;
 	struct span *span = upstream_spans.lookup(&key);
+	u64 received_ns = tally->received_ns, sent_ns = tally->sent_ns;
+	u64 unanswered, asked, end_ns, waited_us;
 
-	if (!span || !tally->sent_ns)
+	if (!span || !sent_ns)
 		return;
-	/* Without branches: see equal. Times are below 2^63. */
-	from_ns = either((span->start_ns - tally->received_ns) >> 63, tally->received_ns,
-			 span->start_ns);
-	unanswered = 1 - some(span->end_ns);
-	too_late = (tally->sent_ns - span->end_ns) >> 63;
-	to_ns = either(unanswered | too_late, tally->sent_ns, span->end_ns);
-	of_another = unanswered & ((span->last_ns - tally->received_ns) >> 63);
-	of_another |= (to_ns - from_ns) >> 63;
-	waited_us = (1 - of_another) * ((to_ns - from_ns) / 1000);
+	/* Without an answer since the query came, it waited to the end, if it asked since. */
+	unanswered = (span->end_ns - received_ns) >> 63;
+	asked = 1 - ((span->last_ns - received_ns) >> 63);
+	end_ns = either(unanswered & asked, sent_ns, span->end_ns);
+	waited_us = overlap(received_ns, sent_ns, span->start_ns, end_ns);
+	waited_us = either(some(waited_us), waited_us,
+			   overlap(received_ns, sent_ns, span->former_start_ns,
+				   span->former_end_ns)) /
+		    1000;
 	waited_us *= 1 - ((tally->stage_ns[STAGE_SERVER] - waited_us * 1000) >> 63);
 	tally->stage_ns[STAGE_SERVER] -= waited_us * 1000;
 	tally->stage_ns[STAGE_UPSTREAM] = waited_us * 1000;

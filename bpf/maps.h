@@ -133,9 +133,13 @@ struct span_key {
 };
 
 struct span {
-	u64 start_ns; /* at its first query */
+	u64 start_ns; /* at its first query, since when it has always waited for at least one */
 	u64 last_ns; /* at its last query */
 	u64 end_ns; /* at the last answer; 0: none yet */
+	u64 waiting; /* queries without an answer so far */
+	/* The one before: who waited then may not have its own answer yet. */
+	u64 former_start_ns;
+	u64 former_end_ns;
 };
 
 #define SPAN_MEMORY_NS 10000000000ULL /* longer than a server waits for others before it answers */

@@ -296,7 +296,7 @@ def test_promtool_has_nothing_to_say_of_metrics() -> None:
 def test_promtool_takes_the_alerts() -> None:
     done = promtool("check", "rules", str(DEPLOY / "alerts.yaml"))
     assert done.returncode == 0, done.stderr
-    assert "10 rules found" in done.stdout
+    assert "11 rules found" in done.stdout
 
 
 class Prometheus:
@@ -380,7 +380,7 @@ def test_the_real_prometheus_takes_all_of_it(tmp_path: Path) -> None:
                 assert prometheus.ask("query", query=text)["result"], (title, text)
             groups = prometheus.ask("rules")["groups"]
             rules = {rule["name"]: rule for group in groups for rule in group["rules"]}
-            assert len(rules) == 10
+            assert len(rules) == 11
             assert {rule["health"] for rule in rules.values()} == {"ok"}, rules
             states = {name for name, rule in rules.items() if rule["state"] != "inactive"}
             assert states >= {

@@ -358,3 +358,22 @@ def test_directory_that_goes_away_is_told_and_counted(
     one.close()
     assert one.given_up >= 2
     assert told[0] is not None
+
+
+def test_converter_that_outlived_its_tracer_is_left_to_it(tmp_path: Path) -> None:
+    """The tracer alone was killed; the next one starts meanwhile, again and again."""
+    for delay_s in (0.0, 0.2, 0.4, 0.6):
+        directory = tmp_path / str(delay_s)
+        one = recorder(directory)
+        for n in range(20_000):
+            one.write("transactions", [transaction(n)])
+        one.rotate()
+        os.close(one._lock or 0)  # as the kernel does, of a process that is killed
+        time.sleep(delay_s)
+        assert one._converting
+        recorder(directory).close()
+        one._converting[0].communicate()
+        recorder(directory).close()
+        assert len(rows(directory)) == 20_000
+        assert not list(directory.glob(".*part"))
+        assert not list(directory.glob(".journal-*"))

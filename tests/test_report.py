@@ -367,6 +367,41 @@ def test_directories_say_nothing_of_what_is_in_the_files(tmp_path: Path) -> None
     assert dict(report.statuses) == {"answered": 3}
 
 
+def test_recordings_without_a_column_that_came_later_are_read(tmp_path: Path) -> None:
+    record(tmp_path / "new", [Made(latency_ns=1000), Made(latency_ns=2000, by_server=True)])
+    (tmp_path / "old").mkdir()
+    for path in (tmp_path / "new").glob("*.parquet"):
+        later = "" if path.name.startswith("coverage") else "EXCLUDE (by_server)"
+        with duckdb.connect() as database:
+            database.execute(
+                f"COPY (SELECT * {later} FROM read_parquet('{path}')) "
+                f"TO '{tmp_path}/old/{path.name}' (FORMAT parquet)"
+            )
+    report = make([tmp_path / "old"], Filters())
+    assert (report.transactions, report.by_servers) == (2, 0)
+    assert report.coverage.unreadable == []
+    report = make([tmp_path / "old", tmp_path / "new"], Filters())
+    assert (report.transactions, report.by_servers) == (3, 1)
+
+
+def test_parquet_that_is_no_recording_is_named(tmp_path: Path) -> None:
+    record(tmp_path, [Made(latency_ns=1000)])
+    with duckdb.connect() as database:
+        database.execute(f"COPY (SELECT 1 AS a) TO '{tmp_path}/transactions-x.parquet'")
+    ((path, why),) = make([tmp_path], Filters()).coverage.unreadable
+    assert path.endswith("transactions-x.parquet")
+    assert "not a recording" in why
+
+
+def test_evicted_are_no_failures(tmp_path: Path) -> None:
+    made = [Made(), Made(status="evicted", rcode=None, latency_ns=None), Made(status="timeout", rcode=None, latency_ns=None)]  # fmt: skip
+    record(tmp_path, made)
+    report = make([tmp_path], Filters())
+    assert report.statuses == {"answered": 1, "evicted": 1, "timeout": 1}
+    assert [group.failed for group in report.by["pod"]] == [1]
+    assert "what became of them is not known" in " ".join(render(report).split())
+
+
 def test_time_and_its_bucket_may_come_in_two_intervals(tmp_path: Path) -> None:
     recorder = Recorder(
         tmp_path, "node-1", rotate_s=1e9, size_max=1 << 50, age_max_s=1e12, tell=lambda _: None

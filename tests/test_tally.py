@@ -44,6 +44,21 @@ def test_times_without_a_bucket_are_left_out_and_counted(monkeypatch: pytest.Mon
     assert tally.read().counts.sum() == 4
 
 
+def test_client_of_many_addresses_and_minutes_has_its_share_alone() -> None:
+    tally = Tally({})
+    for minute in range(4):
+        for number in range(2 * module.SERIES_PER_CLIENT):
+            batch = answered(7, 1000)
+            batch["netns"] = 1
+            batch["flows"]["client_addr"][0, 0] = bytes(12) + (minute << 16 | number).to_bytes(4)
+            tally.add(batch)
+        tally.forget(0)
+    assert len(tally.read().series) <= module.SERIES_PER_CLIENT + len(OVERFLOW_IDS)
+    before = tally.overflowed
+    tally.add(answered(8, 1000))
+    assert tally.overflowed == before
+
+
 def test_series_without_room_are_counted_together(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "SERIES_MAX", 4 + len(OVERFLOW_IDS))
     tally = Tally({})

@@ -235,7 +235,9 @@ def _trace_until(
     hooks = None if args.hooks == "auto" else args.hooks
     # Until somebody reads, little may leave.
     keeping = Keeping(share=0) if args.command == "continuous" else KEEP_ALL
-    session = Session.open(names.chosen.selection(), _limits(args), hooks, compilation, keeping)
+    session = Session.open(
+        names.chosen.selection(), _limits(args), hooks, compilation, keeping, stop.hold
+    )
     try:
         if session.hooks is None and (
             filters.pid or filters.comm or args.container or filters.slower

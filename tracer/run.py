@@ -93,7 +93,7 @@ class Stop:
         self._woken.setblocking(False)
         self._wakes.setblocking(False)
         self._requested = False
-        self._started = False
+        self._held = False
         self._writing = False
         self._duration_ns = duration_ns
         self._end_s: float | None = None
@@ -106,9 +106,9 @@ class Stop:
         if number == signal.SIGHUP and not self._hangup_stops:
             self._hung_up = True
             return
-        self._requested = True
-        if not self._started:
-            raise KeyboardInterrupt  # nothing has been traced that must be told
+        first, self._requested = not self._requested, True
+        if first and not self._held:
+            raise KeyboardInterrupt  # nothing has been begun that must be ended
         signal.setitimer(signal.ITIMER_REAL, _STALLED_S, _STALLED_S)
 
     def _give_up_writing(self, _number: int, _frame: FrameType | None) -> None:
@@ -125,10 +125,14 @@ class Stop:
             self._writing = False
 
     def start(self) -> None:
-        """The time that is allowed begins now, and a signal no longer interrupts, but asks."""
-        self._started = True
+        """The time that is allowed begins now."""
+        self.hold()
         if self._duration_ns:
             self._end_s = time.monotonic() + self._duration_ns / 1e9
+
+    def hold(self) -> None:
+        """From now on, signals do not interrupt what is being done, but ask."""
+        self._held = True
 
     def done(self) -> None:
         """All is written. No alarm may come while the interpreter ends: it would be killed by it."""

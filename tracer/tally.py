@@ -114,6 +114,10 @@ class Tally:
         for key in gone:
             self._buckets -= len(self._all.pop(key).buckets)
         self._begun.clear()
+        for name in self._all:
+            key = np.frombuffer(name, SERIES_KEY)[0]
+            if key["backend"] != BackendKnown.OVERFLOW:
+                self._begun[int(key["cgroup_id"]), int(key["netns"])] += 1
         return set(gone.values())
 
     def _counted(self, key: np.void, last_ns: int) -> _Own:

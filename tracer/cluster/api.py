@@ -172,13 +172,12 @@ def _pool(way: Way, files: list[int]) -> urllib3.PoolManager:
 
     settings: dict[str, Any] = {
         "cert_reqs": "CERT_REQUIRED" if way.verify else "CERT_NONE",
+        "ca_certs": _in_memory("authority", way.authority, files),
         "cert_file": _in_memory("certificate", way.certificate, files),
         "key_file": _in_memory("key", way.key, files),
         "socket_options": list(_KEEPALIVE),
         "maxsize": 16,
     }
-    if way.authority is not None:
-        settings["ca_cert_data"] = way.authority.decode("latin-1")
     if way.server_name:
         settings["server_hostname"] = way.server_name
     if not way.verify:

@@ -35,6 +35,7 @@ _WELL_KNOWN = (
     "/etc/kubernetes/kubelet.conf",
     "/var/lib/kubelet/kubeconfig",
 )
+_OPENED = "/dev/fd/"
 _CONFIG_MAX = 16 << 20
 _WORDS_MAX = 200
 
@@ -171,11 +172,15 @@ def read(source: ApiSource) -> Way:
             authority = _read(_SERVICE_AUTHORITY)
         except OSError as error:
             raise ConfigError(one_line(f"{source}: {error.filename}: {error.strerror}")) from error
+        if not token or not authority.strip():
+            raise ConfigError(one_line(f"{source}: the token or the certificate is empty"))
         return Way(f"https://{at}:{port or 443}", f"Bearer {token}", authority)
     command = [sys.executable, "-P", kubeconfig.__file__]
     command += [":".join(source.paths), source.context or "", str(source)]
+    # What a shell has opened for us (`--kubeconfig <(…)`) is read there, once.
+    opened = [int(path[len(_OPENED) :]) for path in source.paths if path.startswith(_OPENED)]
     try:
-        said = subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout
+        said = subprocess.run(command, stdout=subprocess.PIPE, check=True, pass_fds=opened).stdout
         found = orjson.loads(said)
     except (OSError, subprocess.SubprocessError, orjson.JSONDecodeError) as error:
         raise ConfigError(one_line(f"{source} cannot be read: {error}")) from error

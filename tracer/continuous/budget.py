@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 _SHARE_MAX = 1 << 20
 _WINDOW_S = 60.0
-_COST_S = 150e-6  # what it takes at most to name, decode and write a transaction
+_COST_S = 400e-6  # what it takes to name, decode and write a transaction, on a slow machine
 _STEPS_MAX = 6  # times two, at once
 _RELAX_BELOW = 0.5  # of the budget: then twice as many may leave
 
@@ -60,7 +60,7 @@ class Budget:
         # What is written now and then takes more than its share for a moment.
         if min(lately, self.used) > self.share:
             taken = sum(fresh) * _COST_S / (seen[-1][0] - seen[-2][0])
-            if taken > (lately - self.share) / 2:
+            if taken > min((lately - self.share) / 2, self.share):
                 self.keeping = self._less(lately / self.share, *fresh)
         elif self.used < self.share * _RELAX_BELOW:
             self.keeping = self._more()

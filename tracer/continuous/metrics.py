@@ -46,7 +46,7 @@ _OTHER = "(other)"
 _STATUSES = ("answered", "timeout", "dropped", "refused", "evicted")
 _AT_ONCE = 32  # requests; one more, and the oldest is cut off
 _THREADS_MAX = 2 * _AT_ONCE
-_FORMS_MAX = 4  # that the same is kept in
+_OPENMETRICS = "application/openmetrics-text; version=1.0.0"
 _CLIENT = ("namespace", "pod")
 _LATENCY_LABELS = (*_CLIENT, "server", "backend", "type", "rcode", "protocol")
 _COUNT_LABELS = (*_LATENCY_LABELS, "status")
@@ -127,7 +127,7 @@ class Figures:
         """What `render` makes of all this, once for each change, however many ask for it."""
         with self._render_lock:
             version = self._version
-            if version != self._rendered_version or len(self._rendered) > _FORMS_MAX:
+            if version != self._rendered_version:
                 self._rendered.clear()
                 self._rendered_version = version
             if content_type not in self._rendered:
@@ -216,7 +216,8 @@ class Figures:
             key = others
         if key not in among and len(among) >= most:
             self._forget(among)
-        if key not in among and key != others and self._shares[id(among), *client] >= most // SHARE:
+        is_much = self._shares[id(among), *client] >= most // SHARE
+        if key not in among and key != others and any(client) and is_much:
             key = others
         if key not in among and len(among) >= most:
             key = (_OTHER,) * len(key)
@@ -260,7 +261,9 @@ class Server:
                 start("200 OK", [("Content-Type", native.CONTENT_TYPE)])
                 return [figures.rendered(native.CONTENT_TYPE, figures.protobuf)]
             if path == "/metrics":
-                encode, content_type = choose_encoder(accept)
+                # Not as it is asked for: each way to say it would be rendered anew.
+                is_open = "application/openmetrics-text" in accept
+                encode, content_type = choose_encoder(_OPENMETRICS if is_open else "")
                 start("200 OK", [("Content-Type", content_type)])
                 return [figures.rendered(content_type, lambda: encode(registry))]
             if path == "/healthz":

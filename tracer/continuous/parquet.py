@@ -8,6 +8,7 @@ has its name once it is complete and on disk.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import resource
 import shutil
@@ -107,10 +108,14 @@ def journal_file(journal: Path, kind: str) -> Path:
 def convert(journal: Path, directory: Path) -> None:
     """Writes `KIND-NAME.parquet` of a journal called `.journal-NAME`, and removes it.
 
-    Raises OSError or duckdb.Error; then the journal is still there.
+    Raises OSError or duckdb.Error; then the journal is still there. BlockingIOError: another
+    process is at it, which may have outlived the tracer that started it.
     """
     import duckdb
 
+    at_it = lock(journal)
+    if at_it is None:
+        return  # that other process is done with it
     stem = journal.name.removeprefix(".journal-")
     database = duckdb.connect(
         ":memory:",
@@ -144,6 +149,27 @@ def convert(journal: Path, directory: Path) -> None:
             finally:
                 part.unlink(missing_ok=True)
     shutil.rmtree(journal)
+    os.close(at_it)
+
+
+def lock(journal: Path) -> int | None:
+    """A descriptor that says that a journal is being converted, while it is open.
+
+    None: the journal is gone. Raises BlockingIOError if somebody else has it.
+    """
+    try:
+        descriptor = os.open(journal, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.exists(journal):
+            return descriptor
+    except BaseException:
+        os.close(descriptor)
+        raise
+    os.close(descriptor)
+    return None
 
 
 def _column(name: str) -> str:

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import orjson
 
 from tracer.continuous import parquet
-from tracer.continuous.parquet import PART, journal_file
+from tracer.continuous.parquet import PART, journal_file, lock
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -204,8 +204,12 @@ class Recorder:
                 self._waiting.append(_Journal(found))
                 self.taken_over += 1
             elif found.name.endswith(f".parquet{PART}") and found.name.startswith("."):
-                with suppress(OSError):
+                stem = found.name.split("-", 1)[1].removesuffix(f".parquet{PART}")
+                with suppress(OSError):  # one that is being written still is left
+                    at_it = lock(self._directory / f"{_JOURNAL}{stem}")
                     found.unlink()
+                    if at_it is not None:
+                        os.close(at_it)
         self._convert_next()
 
     def _convert_next(self) -> None:

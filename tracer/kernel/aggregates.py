@@ -32,8 +32,7 @@ def overflow_key(kind: int, status: int, client: np.void | None = None) -> bytes
     key = np.zeros(1, SERIES_KEY)
     key["kind"], key["status"], key["backend"] = kind, status, BackendKnown.OVERFLOW
     if client is not None:
-        for name in ("cgroup_id", "netns", "client_addr"):
-            key[name] = client[name]
+        key["cgroup_id"], key["netns"] = client["cgroup_id"], client["netns"]
     return key.tobytes()
 
 
@@ -76,8 +75,8 @@ class Aggregates:
 
         `counted` is what was read last; what has been counted since keeps its series. A series goes
         before its buckets do: should a transaction just be counted there, it finds a series of that
-        name begun anew, and a bucket that comes too late goes the next time. Every client may begin
-        as many series again as it may at a time.
+        name begun anew, and a bucket that comes too late goes the next time. A client whose series
+        went may begin others.
         """
         series = counted.series
         idle = (series["last_ns"] < before_ns) & ~np.isin(series["id"], [*OVERFLOW_IDS, *spare])
@@ -91,7 +90,16 @@ class Aggregates:
         there = np.array([n for n in series["id"].tolist() if n not in gone], np.uint64)
         for key in counted.bucket_keys[~np.isin(counted.bucket_keys["id"], there)]:
             bpf.map_delete(self._buckets, key.tobytes())
-        clients, _ = bpf.map_items(self._begun, _CLIENT.itemsize, _BEGUN.itemsize)
-        for client in np.frombuffer(clients, _CLIENT):
-            bpf.map_delete(self._begun, client.tobytes())
+        self._count_begun(counted.keys[np.isin(series["id"], there)])
         return gone
+
+    def _count_begun(self, keys: NDArray[np.void]) -> None:
+        """How many series each client has now (client_number in bpf/latency.h)."""
+        own = keys[keys["backend"] != BackendKnown.OVERFLOW]
+        numbers = own["cgroup_id"] ^ (own["netns"].astype(np.uint64) << np.uint64(32))
+        clients, begun = np.unique(numbers, return_counts=True)
+        known, _ = bpf.map_items(self._begun, _CLIENT.itemsize, _BEGUN.itemsize)
+        for client in np.setdiff1d(np.frombuffer(known, _CLIENT), clients):
+            bpf.map_delete(self._begun, client.tobytes())
+        for client, number in zip(clients, begun.astype(_BEGUN), strict=True):
+            bpf.map_update(self._begun, client.tobytes(), number.tobytes())

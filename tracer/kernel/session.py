@@ -117,11 +117,12 @@ class Session:
         hooks: HookSet | None = None,
         compilation: Compilation | None = None,
         keeping: Keeping = KEEP_ALL,
+        compiled: Callable[[], None] = lambda: None,
     ) -> Session:
         """Compiles, loads and attaches. Raises Unsupported.
 
         `compilation` is one that was begun earlier, for the same limits and hooks; `keeping` is what
-        leaves the kernel at first.
+        leaves the kernel at first. `compiled` is called before anything is attached.
         """
         limits = limits or Limits()
         if not host.may_trace():
@@ -145,6 +146,7 @@ class Session:
             built = compilation.result()
         except CompileError as error:
             raise Unsupported(str(error)) from error
+        compiled()
         rings = (
             Ring(built.map_fds["small_ring"], limits.small_ring, SMALL_RECORD),
             Ring(built.map_fds["large_ring"], limits.large_ring, LARGE_RECORD),

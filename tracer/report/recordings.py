@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
 
 KINDS = ("transactions", "histograms", "coverage")
+_LATER = {"by_server"}  # columns that the first recordings did not have
 _MEMORY = "1GB"
 _NAME = re.compile(r"(transactions|histograms|coverage)-.*\.parquet", re.DOTALL)
 _TIMES = {"time_ns": ("time", "time_ns"), "time_start_ns": ("time_start",), "time_end_ns": ("time_end",)}  # fmt: skip
@@ -67,7 +68,7 @@ def load(paths: Sequence[Path], scratch: Path) -> Recordings:
             where = os.path.realpath(file)
             if where not in seen:  # by two ways, it would count twice
                 seen.add(where)
-                _take(found, file, named=file == path)
+                _take(found, file)
     if not any(found.files.values()):
         database.close()
         raise RecordingError(_nothing(paths, found))
@@ -105,7 +106,7 @@ def _files(path: Path) -> list[Path]:
     return [path]
 
 
-def _take(found: Recordings, file: Path, *, named: bool) -> None:
+def _take(found: Recordings, file: Path) -> None:
     """Sorts a file by what it holds, whatever it is called."""
     import duckdb
 
@@ -116,16 +117,15 @@ def _take(found: Recordings, file: Path, *, named: bool) -> None:
         return
     for kind in KINDS:
         expected = _types(found, _nothing_of(kind))
-        if expected.keys() <= types.keys():
-            others = [name for name in expected if types[name] != expected[name]]
+        if expected.keys() - _LATER <= types.keys():
+            others = [name for name in expected if name in types and types[name] != expected[name]]
             if others:
                 why = f"a recording, but {others[0]} is of another type than it should be"
                 found.unreadable.append((file, why))
             else:
                 found.files[kind].append(file)
             return
-    if named:
-        found.unreadable.append((file, "Parquet, but not a recording of dnstrace's"))
+    found.unreadable.append((file, "Parquet, but not a recording of dnstrace's"))
 
 
 def _nothing(paths: Sequence[Path], found: Recordings) -> str:
@@ -143,6 +143,10 @@ def _nothing(paths: Sequence[Path], found: Recordings) -> str:
 def _make_view(found: Recordings, kind: str) -> None:
     files = found.files[kind]
     source = f"SELECT * FROM {_read(*files)}" if files else _nothing_of(kind)
+    missing = _LATER & _types(found, _nothing_of(kind)).keys() - _types(found, source).keys()
+    if missing:
+        added = ", ".join(f'CAST(NULL AS {COLUMNS[kind][name]}) AS "{name}"' for name in missing)
+        source = f"SELECT *, {added} FROM ({source})"
     found.database.execute(f"CREATE OR REPLACE VIEW {kind} AS {source}")
 
 
