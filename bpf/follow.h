@@ -244,9 +244,8 @@ static __always_inline void seen(struct source *source, u64 skb, struct scratch 
 	struct sender sender = {};
 	struct transaction *slot;
 	u32 variant = 0, number;
-	u32 status = refused ? STATUS_REFUSED : STATUS_ANSWERED;
-	u8 attempt = 1;
-	bool several, original = false;
+	u8 attempt = 1, status = refused ? STATUS_REFUSED : STATUS_ANSWERED;
+	bool several, original = false, kept = true;
 
 	message->found.number = NO_SLOT;
 	if (sent) {
@@ -306,57 +305,38 @@ static __always_inline void seen(struct source *source, u64 skb, struct scratch 
 		variant = free_variant(message, &asked);
 		if (variant == MAX_VARIANTS) {
 			crowded(place->t_ns);
-			count(COUNT_TABLE_FULL);
 			return;
 		}
 		/* The client asks again: the earlier attempt has had its time. */
 		status = STATUS_TIMEOUT;
 		number = message->found.number;
 		slot = slots.lookup(&number);
-		if (!slot && free_slots.pop(&number)) {
-			crowded(place->t_ns);
-			status = STATUS_EVICTED;
-			slot = oldest_of_a_few(message);
-			number = message->found.number;
-		}
-		message->found.number = number;
 	}
-	/* From here on by way of memory, or the verifier would go all of it for each outcome anew. */
-	message->variant = variant;
-	message->outcome = status;
-	number = message->found.number;
 	if (slot && claim(slot, message->found.generation)) {
-		slot->status = message->outcome;
-		if (message->outcome == STATUS_REFUSED ||
-		    (message->outcome == STATUS_ANSWERED && place->kind == HOP_RECEIVE))
+		slot->status = status;
+		if (status == STATUS_REFUSED ||
+		    (status == STATUS_ANSWERED && place->kind == HOP_RECEIVE))
 			slot->end_ns = place->t_ns;
+		attempt = slot->attempt + 1;
 #ifdef AGGREGATES
-		tally_up(slot, &scratch->tally);
-		if (message->outcome == STATUS_EVICTED)
-			count(COUNT_EVICTED);
-		else if (is_kept(slot))
-			emit(slot, message->outcome == STATUS_ANSWERED ? source : NULL, message);
-#else
-		if (message->outcome == STATUS_EVICTED)
-			count(COUNT_TABLE_FULL);
-		else
-			emit(slot, message->outcome == STATUS_ANSWERED ? source : NULL, message);
+		/* What its client gave up is rare, and all of it leaves: user space counts that. */
+		if (status != STATUS_TIMEOUT) {
+			tally_up(slot, &scratch->tally);
+			kept = is_kept(slot);
+		}
 #endif
-		if (message->outcome == STATUS_TIMEOUT)
-			attempt = slot->attempt + 1;
-		else if (message->outcome != STATUS_EVICTED) {
+		if (kept)
+			emit(slot, status == STATUS_ANSWERED ? source : NULL, message);
+		if (status != STATUS_TIMEOUT) {
 			release(number);
 			return;
 		}
-	} else if (status == STATUS_EVICTED ||
-		   (slot && status == STATUS_TIMEOUT && free_slots.pop(&number))) {
-		crowded(place->t_ns);
-		count(COUNT_TABLE_FULL);
-		return;
-	} else if (status != STATUS_TIMEOUT) {
+	} else if (status == STATUS_TIMEOUT) {
+		number = take_slot(place->t_ns);
+	} else {
 		return;
 	}
-	begin(number, source, message, &sender, place, &asked, attempt, message->variant);
+	begin(number, source, message, &sender, place, &asked, attempt, variant);
 }
 
 #endif

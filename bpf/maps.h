@@ -175,8 +175,6 @@ struct message {
 	u8 unreachable; /* an ICMP error that carries the query back */
 	/* What it belongs to and does. Here because the verifier then does not follow it; see forgotten. */
 	volatile struct found found;
-	volatile u32 variant;
-	volatile u32 outcome; /* enum status, of the transaction that it ends */
 };
 
 /* What is left of a segment to send; see forgotten. */

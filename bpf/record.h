@@ -22,14 +22,13 @@ enum hop_kind { HOP_SEND = 1, HOP_INGRESS, HOP_EGRESS, HOP_RECEIVE, HOP_DROP };
 
 enum direction { QUERY, RESPONSE };
 
-/* The last two are of series alone: the last hop tells of a drop, and nothing of what has gone. */
+/* The last one is no status of a slot: it is told by the last hop. */
 enum status {
 	STATUS_OPEN,
 	STATUS_ANSWERED,
 	STATUS_TIMEOUT,
 	STATUS_REFUSED,
 	STATUS_DROPPED,
-	STATUS_EVICTED, /* not answered when a newer one needed its slot */
 };
 
 /* A UDP or TCP flow, always seen from the client, whichever way the packet went. */
@@ -142,7 +141,7 @@ enum counter {
 	COUNT_STARTED, /* transactions that began, or would have, had there been room */
 	COUNT_EMITTED, /* records that reached a ring */
 	COUNT_RING_FULL, /* records that did not */
-	COUNT_TABLE_FULL, /* transactions never let in, or evicted and not counted as such */
+	COUNT_TABLE_FULL, /* transactions pushed out by newer ones, or never let in */
 	COUNT_FILTERED, /* queries that the filter kept out */
 	COUNT_UNDECODABLE, /* packets on a DNS port that are not DNS */
 	COUNT_UNMATCHED_RESPONSES, /* responses that reached a socket and fit no query */
@@ -153,7 +152,6 @@ enum counter {
 	COUNT_NOT_KEPT, /* transactions in the histograms alone, being ordinary and not in the sample */
 	COUNT_SKIPPED, /* the same, though slow or failed: there were too many */
 	COUNT_SERIES_FULL, /* countings without who was asked, or even who asked, for lack of room */
-	COUNT_EVICTED, /* transactions that are counted as such */
 	COUNT_BUCKETS_FULL, /* times that are missing in the histograms for lack of room */
 	COUNTERS
 };

@@ -231,7 +231,7 @@ static __always_inline bool claim(struct transaction *slot, u32 generation)
 	return true;
 }
 
-/* There is no room for a query, or not without evicting another. */
+/* There was no room for a query, which is counted as lost. */
 static __always_inline void crowded(u64 now_ns)
 {
 	u32 zero = 0;
@@ -239,6 +239,7 @@ static __always_inline void crowded(u64 now_ns)
 
 	if (last_ns)
 		*last_ns = now_ns;
+	count(COUNT_TABLE_FULL);
 }
 
 static __always_inline bool crowded_lately(u64 now_ns)
@@ -298,14 +299,15 @@ static __always_inline void emit(struct transaction *slot, struct source *source
 	count(COUNT_RING_FULL);
 }
 
-/* When all slots are in use: that of the oldest of a few, for its owner-to-be to claim. */
-static __always_inline struct transaction *oldest_of_a_few(struct message *message)
+/* A slot for a new transaction: a free one, else that of the oldest of a few. */
+static __always_inline u32 take_slot(u64 now_ns)
 {
-	u32 number = NO_SLOT, start = bpf_get_prandom_u32(), i;
-	volatile struct found *found = &message->found;
+	u32 number = NO_SLOT, start = bpf_get_prandom_u32(), generation, i;
 	u64 oldest_ns = ~0ULL, *start_ns;
 	struct transaction *slot;
 
+	if (free_slots.pop(&number) == 0)
+		return number;
 #pragma nounroll
 	for (i = 0; i < EVICTION_CANDIDATES; i++) {
 		u32 candidate = (start + i) & (SLOTS - 1);
@@ -316,12 +318,14 @@ static __always_inline struct transaction *oldest_of_a_few(struct message *messa
 			number = candidate;
 		}
 	}
+	crowded(now_ns);
 	slot = slots.lookup(&number);
 	if (!slot)
-		return NULL;
-	found->number = number;
-	found->generation = slot->generation;
-	return slot->start_ns == oldest_ns ? slot : NULL;
+		return NO_SLOT;
+	generation = slot->generation;
+	if (slot->start_ns != oldest_ns || !claim(slot, generation))
+		return NO_SLOT;
+	return number;
 }
 
 static __always_inline void fill(struct transaction *slot, struct source *source,
@@ -457,7 +461,6 @@ static __always_inline void begin(u32 number, struct source *source, struct mess
 	if (slot_index.insert(&key, &number)) {
 		release(number);
 		crowded(place->t_ns);
-		count(COUNT_TABLE_FULL);
 		return;
 	}
 	add_alias(number, slot, &message->flow);

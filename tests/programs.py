@@ -258,7 +258,6 @@ class Programs:
             Counter.EMITTED,
             Counter.RING_FULL,
             Counter.TABLE_FULL,
-            Counter.EVICTED,
             Counter.NOT_KEPT,
             Counter.SKIPPED,
         )

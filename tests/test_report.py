@@ -393,15 +393,6 @@ def test_parquet_that_is_no_recording_is_named(tmp_path: Path) -> None:
     assert "not a recording" in why
 
 
-def test_evicted_are_no_failures(tmp_path: Path) -> None:
-    made = [Made(), Made(status="evicted", rcode=None, latency_ns=None), Made(status="timeout", rcode=None, latency_ns=None)]  # fmt: skip
-    record(tmp_path, made)
-    report = make([tmp_path], Filters())
-    assert report.statuses == {"answered": 1, "evicted": 1, "timeout": 1}
-    assert [group.failed for group in report.by["pod"]] == [1]
-    assert "what became of them is not known" in " ".join(render(report).split())
-
-
 def test_time_and_its_bucket_may_come_in_two_intervals(tmp_path: Path) -> None:
     recorder = Recorder(
         tmp_path, "node-1", rotate_s=1e9, size_max=1 << 50, age_max_s=1e12, tell=lambda _: None

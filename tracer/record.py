@@ -38,7 +38,6 @@ class Status(IntEnum):
     TIMEOUT = 2
     REFUSED = 3
     DROPPED = 4  # of series alone: that of a slot is told by its last hop
-    EVICTED = 5  # of series alone
 
 
 class Counter(IntEnum):
@@ -58,8 +57,7 @@ class Counter(IntEnum):
     NOT_KEPT = 11
     SKIPPED = 12
     SERIES_FULL = 13
-    EVICTED = 14
-    BUCKETS_FULL = 15
+    BUCKETS_FULL = 14
 
 
 class Stage(IntEnum):

@@ -169,7 +169,10 @@ class Continuous:
             if ring == "segments":
                 self._own_of_tcp(self._connections.feed(batch))
             else:
-                self._record(batch)
+                # What its client gave up, the kernel leaves to us.
+                given_up = batch["transaction"]["status"] == Status.TIMEOUT
+                self._own(batch[given_up])
+                self._record(batch[~given_up])
         self._name_late(time.monotonic_ns())
 
     def _sweep(self, now_ns: int) -> None:

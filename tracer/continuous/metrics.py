@@ -43,7 +43,7 @@ STALE_S = 30.0  # how old a reading may be at least
 # Powers of two, at which no bucket of ours has to be split: 65.5 µs to 8.59 s.
 _BOUNDS = tuple(range(16, 34))
 _OTHER = "(other)"
-_STATUSES = ("answered", "timeout", "dropped", "refused", "evicted")
+_STATUSES = ("answered", "timeout", "dropped", "refused")
 _AT_ONCE = 32  # requests; one more, and the oldest is cut off
 _THREADS_MAX = 2 * _AT_ONCE
 _OPENMETRICS = "application/openmetrics-text; version=1.0.0"

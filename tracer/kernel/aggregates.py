@@ -19,7 +19,7 @@ _COUNT = np.dtype("u8")
 _CLIENT = np.dtype("u8")
 _BEGUN = np.dtype("u4")
 # The series that stand for all that found no room, by id: one for each outcome.
-_ENDS = (Status.ANSWERED, Status.TIMEOUT, Status.REFUSED, Status.DROPPED, Status.EVICTED)
+_ENDS = (Status.ANSWERED, Status.TIMEOUT, Status.REFUSED, Status.DROPPED)
 _OVERFLOW = {
     **{int(status): (SeriesKind.OF_QUESTIONS, status) for status in _ENDS},
     len(Status): (SeriesKind.OF_STAGES, Status.ANSWERED),

@@ -35,11 +35,7 @@ _LOGGED = f"""
 _WIDTH = f"""
     CASE WHEN ns < {PARTS} THEN 1 ELSE CAST(1 AS BIGINT) << (CAST(floor(log2(ns)) AS INTEGER) - 4) END"""
 _POD = "{0}_namespace || '/' || {0}_pod"
-# What became of those that were evicted is not known.
-_FAILED = (
-    "(status NOT IN ('answered', 'evicted') "
-    "OR coalesce(rcode, 'NOERROR') NOT IN ('NOERROR', 'NXDOMAIN'))"
-)
+_FAILED = "(status <> 'answered' OR coalesce(rcode, 'NOERROR') NOT IN ('NOERROR', 'NXDOMAIN'))"
 # Names of groups: of histograms' rows, and of transactions'.
 _GROUPS = {
     "pod": (_POD.format("client"), "client.namespace || '/' || client.pod"),

@@ -92,11 +92,6 @@ def _head(report: Report) -> Iterator[str]:
     yield f"{about}{_count(report.transactions, 'transaction')}" + (
         f": {statuses}" if statuses else ""
     )
-    if report.statuses.get("evicted"):
-        yield from _note(
-            "evicted: had no answer when so many waited that their room was needed, as in an "
-            "outage; what became of them is not known"
-        )
     if report.by_servers:
         yield from _note(
             f"and {about}{report.by_servers:,} that DNS servers asked themselves, which are in no "
