@@ -234,10 +234,10 @@ static __always_inline void part_upstream(struct transaction *slot, struct tally
 	asked = 1 - ((span->last_ns - received_ns) >> 63);
 	end_ns = either(unanswered & asked, sent_ns, span->end_ns);
 	waited_us = overlap(received_ns, sent_ns, span->start_ns, end_ns);
-	waited_us = either(some(waited_us), waited_us,
-			   overlap(received_ns, sent_ns, span->former_start_ns,
-				   span->former_end_ns)) /
-		    1000;
+	waited_us =
+		either(some(waited_us), waited_us,
+		       overlap(received_ns, sent_ns, span->former_start_ns, span->former_end_ns)) /
+		1000;
 	waited_us *= 1 - ((tally->stage_ns[STAGE_SERVER] - waited_us * 1000) >> 63);
 	tally->stage_ns[STAGE_SERVER] -= waited_us * 1000;
 	tally->stage_ns[STAGE_UPSTREAM] = waited_us * 1000;
@@ -335,7 +335,7 @@ static __always_inline u8 dropped_or_refused(struct transaction *slot)
 	return STATUS_DROPPED;
 }
 
-/* Counts a transaction that has ended, or that is evicted. */
+/* Counts a transaction that has ended. */
 static __always_inline void tally_up(struct transaction *slot, struct tally *tally)
 {
 	struct series_key *key = &tally->key;
