@@ -317,24 +317,6 @@ static __always_inline void look_along(struct transaction *slot, struct tally *t
 		key->backend = BACKEND_AS_ASKED;
 }
 
-/*
- * What became of a transaction whose last hop is a drop. Where nothing listens in
- * the client's own network namespace, it hears so over the loopback, which passes
- * no device that is watched.
- */
-static __always_inline u8 dropped_or_refused(struct transaction *slot)
-{
-#ifdef DROP_NO_SOCKET
-	u32 last = slot->nhops - 1;
-	struct hop *hop = &slot->hops[last];
-
-	if (last < MAX_HOPS && hop->drop_reason == DROP_NO_SOCKET && hop->direction == QUERY &&
-	    hop->netns == slot->netns)
-		return STATUS_REFUSED;
-#endif
-	return STATUS_DROPPED;
-}
-
 /* Counts a transaction that has ended. */
 static __always_inline void tally_up(struct transaction *slot, struct tally *tally)
 {
@@ -362,7 +344,7 @@ static __always_inline void tally_up(struct transaction *slot, struct tally *tal
 	key->rcode = slot->response_flags ? bpf_ntohs(slot->response_flags) & 15 : NO_RCODE;
 	key->status = slot->status;
 	if (!answered && tally->last_kind == HOP_DROP)
-		key->status = dropped_or_refused(slot);
+		key->status = STATUS_DROPPED;
 	key->protocol = slot->protocol;
 	key->by_server = slot->by_server;
 	key->pad = 0;

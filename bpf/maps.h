@@ -121,7 +121,7 @@ BPF_TABLE("lru_hash", u64, u8, serving_cgroups, 1024);
  * need, and DNS is too rare for CPUs to meet at one bucket.
  */
 BPF_TABLE("hash", struct series_key, struct series, all_series, SERIES);
-/* How many series each client has begun since user space last made room, by client_number. */
+/* How many series each client has, by client_number; user space corrects it when it makes room. */
 BPF_TABLE("lru_hash", u64, u32, series_begun, 1024);
 BPF_TABLE("hash", struct bucket_key, u64, buckets, BUCKETS);
 
@@ -173,7 +173,7 @@ struct message {
 	u8 family;
 	u8 protocol;
 	u8 unreachable; /* an ICMP error that carries the query back */
-	/* What it belongs to and does. Here because the verifier then does not follow it; see forgotten. */
+	/* What it belongs to. Here because the verifier then does not follow it; see forgotten. */
 	volatile struct found found;
 };
 

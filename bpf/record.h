@@ -23,13 +23,7 @@ enum hop_kind { HOP_SEND = 1, HOP_INGRESS, HOP_EGRESS, HOP_RECEIVE, HOP_DROP };
 enum direction { QUERY, RESPONSE };
 
 /* The last one is no status of a slot: it is told by the last hop. */
-enum status {
-	STATUS_OPEN,
-	STATUS_ANSWERED,
-	STATUS_TIMEOUT,
-	STATUS_REFUSED,
-	STATUS_DROPPED,
-};
+enum status { STATUS_OPEN, STATUS_ANSWERED, STATUS_TIMEOUT, STATUS_REFUSED, STATUS_DROPPED };
 
 /* A UDP or TCP flow, always seen from the client, whichever way the packet went. */
 struct flow {

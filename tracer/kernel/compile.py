@@ -210,13 +210,10 @@ def _compile_in_child(
             btf = Btf.load(target.types)
             flags = _prepare_environment(target.machine)
             offsets = kernel_offsets(btf, kprobes=kprobes, machine=target.machine)
-            reasons = {
-                number: name.removeprefix("SKB_DROP_REASON_")
-                for number, name in btf.enumerators("skb_drop_reason").items()
-            }
-            macros = {**offsets, **_reason_macros(reasons), **sizes, **_kernel_macros()}
+            macros = {**offsets, **sizes, **_kernel_macros()}
             instructions, fds = _compile(source_text() + more, macros, flags)
-            answer = (instructions, reasons)
+            reasons = btf.enumerators("skb_drop_reason").items()
+            answer = (instructions, {n: r.removeprefix("SKB_DROP_REASON_") for n, r in reasons})
         except UnknownMachine as error:
             answer = str(error)
         except BtfError as error:
@@ -301,10 +298,6 @@ def _receive(channel: socket.socket) -> tuple[bytes, list[int]]:
             payload += part
     _, fds, _, _ = socket.recv_fds(channel, 1, _MAX_MAPS)
     return payload, fds
-
-
-def _reason_macros(reasons: Mapping[int, str]) -> dict[str, int]:
-    return {f"DROP_{name}": number for number, name in reasons.items() if name == "NO_SOCKET"}
 
 
 def _kernel_macros() -> dict[str, int]:
