@@ -20,6 +20,8 @@
 #include "maps.h"
 #include "packet.h"
 #include "marks.h"
+#include "branchless.h"
+#include "upstream.h"
 #include "transactions.h"
 #include "latency.h"
 #include "follow.h"

@@ -15,25 +15,6 @@
 #define OTHER_TYPE 0
 #define NO_RCODE 255
 
-/*
- * 1 where two numbers are equal, else 0. Without a branch: in a loop, older
- * verifiers follow both sides of each, in every round anew.
- */
-static __always_inline u64 equal(u64 a, u64 b)
-{
-	u64 differ = a ^ b;
-
-	asm volatile("" : "+r"(differ));
-	/* Numbers here have at most 32 bits. */
-	return (differ - 1) >> 63;
-}
-
-/* One of two, by a bit, without a branch. */
-static __always_inline u64 either(u64 bit, u64 where_1, u64 where_0)
-{
-	return where_0 + bit * (where_1 - where_0);
-}
-
 static __always_inline u64 stage_between(struct hop *from, struct hop *to)
 {
 	u64 asking = equal(to->direction, QUERY), asked = equal(from->direction, QUERY);
@@ -67,15 +48,6 @@ static __always_inline u8 type_class(u16 type)
 	default:
 		return OTHER_TYPE;
 	}
-}
-
-/* 1 where a number is not 0, without a branch, which Clang would make if it saw what is meant. */
-static __always_inline u64 some(u64 number)
-{
-	u64 negative = -number;
-
-	asm volatile("" : "+r"(negative));
-	return (number | negative) >> 63;
 }
 
 /* Log-linear: each power of two in 16 parts, so a part's middle is within 3.1 % of all in it. */
@@ -178,70 +150,6 @@ static __always_inline void add_time(struct series *series, struct bucket_key *k
 	__sync_fetch_and_add(&series->sum_ns[stage], ns);
 	if (series->max_ns[stage] < ns)
 		series->max_ns[stage] = ns;
-}
-
-/* The answer to a server's own query: until then it has waited. */
-static __always_inline void close_span(struct transaction *slot)
-{
-	struct span_key key = { .cgroup_id = slot->cgroup_id,
-				.question_hash = slot->question_hash };
-	struct span *span;
-
-	if (!slot->by_server || !slot->end_ns)
-		return;
-	span = upstream_spans.lookup(&key);
-	if (!span)
-		return;
-	if (slot->start_ns < span->start_ns) {
-		if (span->former_end_ns < slot->end_ns)
-			span->former_end_ns = slot->end_ns;
-		return;
-	}
-	if (span->end_ns < slot->end_ns)
-		span->end_ns = slot->end_ns;
-	if (span->waiting)
-		__sync_fetch_and_add(&span->waiting, -1);
-}
-
-/* How much of the time from one moment to another lies between two more; 0 if none. */
-static __always_inline u64 overlap(u64 from_ns, u64 to_ns, u64 start_ns, u64 end_ns)
-{
-	/* Without branches: see equal. Times are below 2^63. */
-	u64 first_ns = either((start_ns - from_ns) >> 63, from_ns, start_ns);
-	u64 last_ns = either((to_ns - end_ns) >> 63, to_ns, end_ns);
-
-	return (last_ns - first_ns) * (1 - ((last_ns - first_ns) >> 63));
-}
-
-/*
- * Takes the time that the server itself waited for an answer out of the time that
- * it took: since the query came, if it waited for another client's sake already,
- * and until its own answer left, if none came. What it has asked since, or had
- * its answer to before, is not because of this one.
- */
-static __always_inline void part_upstream(struct transaction *slot, struct tally *tally)
-{
-	struct span_key key = { .cgroup_id = slot->server_cgroup_id,
-				.question_hash = slot->question_hash };
-	struct span *span = upstream_spans.lookup(&key);
-	u64 received_ns = tally->received_ns, sent_ns = tally->sent_ns;
-	u64 unanswered, asked, end_ns, waited_us;
-
-	if (!span || !sent_ns)
-		return;
-	/* Without an answer since the query came, it waited to the end, if it asked since. */
-	unanswered = (span->end_ns - received_ns) >> 63;
-	asked = 1 - ((span->last_ns - received_ns) >> 63);
-	end_ns = either(unanswered & asked, sent_ns, span->end_ns);
-	waited_us = overlap(received_ns, sent_ns, span->start_ns, end_ns);
-	waited_us =
-		either(some(waited_us), waited_us,
-		       overlap(received_ns, sent_ns, span->former_start_ns, span->former_end_ns)) /
-		1000;
-	waited_us *= 1 - ((tally->stage_ns[STAGE_SERVER] - waited_us * 1000) >> 63);
-	tally->stage_ns[STAGE_SERVER] -= waited_us * 1000;
-	tally->stage_ns[STAGE_UPSTREAM] = waited_us * 1000;
-	slot->upstream_us = waited_us;
 }
 
 /*

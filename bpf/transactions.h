@@ -410,33 +410,6 @@ static __always_inline u32 free_variant(struct message *message, struct flow *as
 	return variant;
 }
 
-#ifdef AGGREGATES
-/* Of a server's own query: from when on it waits for an answer to that question. */
-static __always_inline void open_span(struct transaction *slot)
-{
-	struct span_key key = { .cgroup_id = slot->cgroup_id,
-				.question_hash = slot->question_hash };
-	struct span fresh = { .start_ns = slot->start_ns, .last_ns = slot->start_ns, .waiting = 1 };
-	struct span *span;
-
-	/* Number 1 is the root, where everybody is on hosts with cgroup v1 alone. */
-	if (slot->cgroup_id <= 1 || !serving_cgroups.lookup(&slot->cgroup_id))
-		return;
-	slot->by_server = 1;
-	span = upstream_spans.lookup(&key);
-	if (span && span->waiting && slot->start_ns - span->start_ns < SPAN_MEMORY_NS) {
-		span->last_ns = slot->start_ns; /* it asks again, or for somebody else */
-		__sync_fetch_and_add(&span->waiting, 1);
-		return;
-	}
-	if (span) {
-		fresh.former_start_ns = span->start_ns;
-		fresh.former_end_ns = span->end_ns;
-	}
-	upstream_spans.update(&key, &fresh);
-}
-#endif
-
 /*
  * Gives a query the slot that the caller owns, and its place in the index.
  * asked: the flow as the client addressed it, which is not message->flow where
