@@ -30,9 +30,9 @@ from tests.api_server import (
     running,
     service,
 )
-from tracer.cluster import configured
+from tracer.cluster import api_source
+from tracer.cluster.api_source import ApiSource, ConfigError
 from tracer.cluster.cluster import ClusterWatch
-from tracer.cluster.configured import ApiSource, ConfigError
 from tracer.cluster.model import Endpoint
 from tracer.cluster.watch import Timing
 
@@ -413,13 +413,13 @@ def test_service_account_of_a_pod_is_used(
     kubeconfig = json.loads(server.kubeconfig(TRACER).read_text())
     authority = kubeconfig["clusters"][0]["cluster"]["certificate-authority-data"]
     (tmp_path / "ca.crt").write_bytes(base64.b64decode(authority))
-    monkeypatch.setattr(configured, "_SERVICE_ACCOUNT", str(token))
-    monkeypatch.setattr(configured, "_SERVICE_AUTHORITY", str(tmp_path / "ca.crt"))
+    monkeypatch.setattr(api_source, "_SERVICE_ACCOUNT", str(token))
+    monkeypatch.setattr(api_source, "_SERVICE_AUTHORITY", str(tmp_path / "ca.crt"))
     monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "127.0.0.1")
     monkeypatch.setenv("KUBERNETES_SERVICE_PORT", str(server.port))
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("KUBECONFIG", raising=False)
-    source = configured.find()
+    source = api_source.find()
     assert str(source) == "this pod's service account (KUBERNETES_SERVICE_HOST)"
     assert source is not None
     with watching(source) as watch:
@@ -512,29 +512,29 @@ def test_bad_kubeconfig_is_said_in_one_line(tmp_path: Path, content: str, words:
 def test_configuration_is_found_where_kubectl_finds_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(configured, "_WELL_KNOWN", (str(tmp_path / "admin.conf"),))
+    monkeypatch.setattr(api_source, "_WELL_KNOWN", (str(tmp_path / "admin.conf"),))
     environ = {"HOME": str(tmp_path)}
-    assert configured.find(environ=environ) is None
+    assert api_source.find(environ=environ) is None
     (tmp_path / "admin.conf").touch()
-    assert str(configured.find(environ=environ)) == f"{tmp_path}/admin.conf (found on this node)"
+    assert str(api_source.find(environ=environ)) == f"{tmp_path}/admin.conf (found on this node)"
     (tmp_path / ".kube").mkdir()
     (tmp_path / ".kube/config").touch()
-    assert str(configured.find(environ=environ)) == f"{tmp_path}/.kube/config (of this user)"
+    assert str(api_source.find(environ=environ)) == f"{tmp_path}/.kube/config (of this user)"
     (tmp_path / "b").touch()
     environ["KUBECONFIG"] = f"{tmp_path}/a:{tmp_path}/b"
-    assert str(configured.find(environ=environ)) == f"{tmp_path}/b (KUBECONFIG)"
+    assert str(api_source.find(environ=environ)) == f"{tmp_path}/b (KUBECONFIG)"
     path = tmp_path / "admin.conf"
-    assert str(configured.find(str(path), environ=environ)) == f"{path} (--kubeconfig)"
+    assert str(api_source.find(str(path), environ=environ)) == f"{path} (--kubeconfig)"
     with pytest.raises(ConfigError, match=r"cannot read kubeconfig /none: No such file"):
-        configured.find("/none")
+        api_source.find("/none")
     with pytest.raises(ConfigError, match=r"no file is where KUBECONFIG says: /none"):
-        configured.find(environ={"KUBECONFIG": "/none"})
+        api_source.find(environ={"KUBECONFIG": "/none"})
     with pytest.raises(ConfigError, match=r"is not a kubeconfig"):
-        configured.find(str(path), "x")
+        api_source.find(str(path), "x")
     path.write_text('{"contexts": [{"name": "a"}, {"name": "b"}]}')
     with pytest.raises(ConfigError, match=r"there is no context x in .*; there are: a, b"):
-        configured.find(str(path), "x")
-    assert str(configured.find(str(path), "b")) == f"{path} (--kubeconfig, context b)"
+        api_source.find(str(path), "x")
+    assert str(api_source.find(str(path), "b")) == f"{path} (--kubeconfig, context b)"
 
 
 def test_nothing_of_kubernetes_is_imported_before_it_is_needed() -> None:
@@ -555,7 +555,7 @@ def test_no_thread_stays(server: ApiServer) -> None:
 _MEASURE = """
 import sys, threading, time
 sys.path.insert(0, {project!r})
-from tracer.cluster.configured import ApiSource
+from tracer.cluster.api_source import ApiSource
 from tracer.cluster.cluster import ClusterWatch
 
 def rss_kb():

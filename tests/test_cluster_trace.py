@@ -24,8 +24,8 @@ from kubernetes import client
 from tests.counting import running
 from tests.test_cluster_api import eventually
 from tests.tracing import DNSTRACE, Trace, capturing, exchanges, tracing
+from tracer.cluster.api_source import ApiSource
 from tracer.cluster.cluster import ClusterWatch
-from tracer.cluster.configured import ApiSource
 from tracer.lab import Lab, cluster_objects, entering, manifests, topology
 
 if TYPE_CHECKING:

@@ -26,7 +26,8 @@ from tests.test_recorder import HOSTILE
 from tracer.continuous import metrics
 from tracer.continuous.book import Entry, Histogram
 from tracer.continuous.labels import Labels
-from tracer.continuous.metrics import Figures, Health, Server
+from tracer.continuous.metrics import Figures, Health
+from tracer.continuous.server import Server
 from tracer.record import Stage
 from tracer.stages import buckets_of
 

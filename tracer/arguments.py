@@ -38,6 +38,10 @@ examples:
 COMMANDS = ("path", "continuous", "report", "doctor", "lab")
 _SPELLINGS = {"--continuous": "continuous", "--report": "report"}
 _OF_SINGLE_ONES = ("--pid", "--comm", "--name", "--failed")
+_COUNTED = (
+    " (a filter of single transactions; here the kernel counts them by pod, server, backend, type "
+    "and rcode)"
+)
 _TIMEOUT_MAX_NS = 60 * 10**9
 
 
@@ -51,13 +55,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = _PARSERS[command]()
     args, beyond = parser.parse_known_args(rest)
     if beyond:
-        told = " ".join(beyond)
-        if command == "continuous" and beyond[0].partition("=")[0] in _OF_SINGLE_ONES:
-            told += (
-                " (a filter of single transactions; here the kernel counts them by pod, server, "
-            )
-            told += "backend, type and rcode)"
-        parser.error(f"unrecognized arguments: {told}")
+        is_single = command == "continuous" and beyond[0].partition("=")[0] in _OF_SINGLE_ONES
+        parser.error(f"unrecognized arguments: {' '.join(beyond)}{_COUNTED if is_single else ''}")
     args.command = command
     return args
 

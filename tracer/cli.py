@@ -128,7 +128,7 @@ def _trace(args: argparse.Namespace) -> int:
 
 def _trace_with(args: argparse.Namespace, compilation: Compilation | None) -> int:
     from tracer.chosen import NobodyChosen
-    from tracer.cluster.configured import ConfigError
+    from tracer.cluster.api_source import ConfigError
     from tracer.cluster.pods_file import PodsFileError
     from tracer.kernel.session import Unsupported
 

@@ -6,8 +6,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from tracer.cluster import sources
+from tracer.cluster.api_source import ConfigError
 from tracer.cluster.cluster import ClusterWatch
-from tracer.cluster.configured import ConfigError
 from tracer.cluster.local import LocalContainers
 from tracer.cluster.pods_file import PodsFileError
 from tracer.finding import Finding

@@ -16,15 +16,15 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
-from tracer.cluster import configured
-from tracer.cluster.configured import ConfigError, one_line
+from tracer.cluster import api_source
+from tracer.cluster.api_source import ConfigError, one_line
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     import urllib3
 
-    from tracer.cluster.configured import ApiSource, Way
+    from tracer.cluster.api_source import ApiSource, Way
 
 _ERROR_BODY_MAX = 64 << 10
 _BODY_MAX = 128 << 20
@@ -151,7 +151,7 @@ class Connection:
                     self._load()
 
     def _load(self) -> None:
-        way = configured.read(self._source)
+        way = api_source.read(self._source)
         files: list[int] = []
         try:
             pool = _pool(way, files)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from tracer.cluster import node_name, objects
 from tracer.cluster.api import Connection, RequestError
-from tracer.cluster.configured import ConfigError, one_line
+from tracer.cluster.api_source import ConfigError, one_line
 from tracer.cluster.model import Endpoint, Inventory, Pod, Service
 from tracer.cluster.node_name import Choice, Machine
 from tracer.cluster.objects import KnownNode, KnownService, Malformed, Slice
@@ -26,7 +26,7 @@ from tracer.cluster.watch import Reflector, Resource, Timing
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Sized
 
-    from tracer.cluster.configured import ApiSource
+    from tracer.cluster.api_source import ApiSource
     from tracer.cluster.objects import Key
 
 T = TypeVar("T")

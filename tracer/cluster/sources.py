@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from tracer.cluster import configured, pods_file
+from tracer.cluster import api_source, pods_file
 from tracer.cluster.cluster import ClusterWatch
 from tracer.cluster.model import Inventory
 from tracer.cluster.pods_file import PodsFileError
@@ -171,11 +171,11 @@ def choose(way: Way) -> tuple[Source, str | None]:
         return FileSource(way.pods), None
     asked = way.kubeconfig or way.context
     if not asked and LAB_KUBECONFIG.exists():
-        lab = configured.ApiSource((str(LAB_KUBECONFIG),), None, "of the lab that is up")
+        lab = api_source.ApiSource((str(LAB_KUBECONFIG),), None, "of the lab that is up")
         return ApiServer(lab, way.nodes, _addresses), "the cluster is the lab's"
     if not asked and LAB_PODS.exists():
         return FileSource(LAB_PODS, optional=True), f"pods are those of the lab ({LAB_PODS})"
-    source = configured.find(way.kubeconfig, way.context)
+    source = api_source.find(way.kubeconfig, way.context)
     if source is None:
         why = (
             "no cluster is configured here (no kubeconfig, no service account): pods are named "

@@ -22,7 +22,7 @@ import orjson
 
 from tracer.cluster import objects
 from tracer.cluster.api import RequestError, Silence, Stream
-from tracer.cluster.configured import one_line
+from tracer.cluster.api_source import one_line
 from tracer.cluster.objects import Malformed
 
 if TYPE_CHECKING:

@@ -11,8 +11,9 @@ from tracer.continuous import memory
 from tracer.continuous.budget import Budget
 from tracer.continuous.log import log
 from tracer.continuous.loop import Continuous, cpu_s
-from tracer.continuous.metrics import STALE_S, Figures, Server
+from tracer.continuous.metrics import STALE_S, Figures
 from tracer.continuous.recorder import Recorder, RecorderError
+from tracer.continuous.server import Server
 from tracer.kernel.session import Keeping
 from tracer.transaction import Backend as TransactionBackend
 from tracer.transaction import Client, Transaction

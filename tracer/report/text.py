@@ -243,12 +243,10 @@ def _coverage(coverage: Coverage) -> Iterator[str]:
         else:
             yield f"  lost: {number:,} ({clean(kind.replace('_', ' '))})"
     for kind, number in coverage.unmatched.items():
-        waited = kind == "queries"
-        yield (
-            f"  {number:,} still waited for an answer at the end, and in no figure"
-            if waited
-            else f"  unmatched: {number:,} {clean(kind)}"
-        )
+        if kind == "queries":
+            yield f"  {number:,} still waited for an answer at the end, and in no figure"
+        else:
+            yield f"  unmatched: {number:,} {clean(kind)}"
     for node, start, end in coverage.gaps:
         yield from _wrap(
             f"nothing was recorded on {clean(node)} from {start:%H:%M:%S} to {end:%H:%M:%S}", 2
