@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import random
 import subprocess
 import sys
@@ -207,6 +208,27 @@ def test_names_are_whole_where_there_is_room(tmp_path: Path) -> None:
     assert f"kube-system/{pod} " in render(report, 160)
     for width in (80, 100, 160):
         assert max(cell_len(line) for line in render(report, width).splitlines()) <= width
+
+
+def test_names_are_whole_in_a_pipe_wherever_they_are(tmp_path: Path) -> None:
+    name = "www.li-rui.top.sre.svc.cluster.local."
+    record(tmp_path, [Made(name=name, rcode="SERVFAIL")])
+    assert render(make([tmp_path], Filters()), None).count(f"{name} ") == 3
+
+
+@pytest.mark.parametrize("what", ["pipe", "link"])
+def test_page_goes_to_what_is_no_file_of_its_own_and_leaves_it(tmp_path: Path, what: str) -> None:
+    """As /dev/stdout is none, which a file in its place would break for all."""
+    record(tmp_path / "rec", [Made()])
+    at = tmp_path / "at"
+    os.mkfifo(at) if what == "pipe" else at.symlink_to(tmp_path / "page")
+    argv = [sys.executable, "-m", "tracer", "report", str(tmp_path / "rec"), "--html", str(at)]
+    with subprocess.Popen(argv, stderr=subprocess.PIPE) as process:
+        page = at.read_text() if what == "pipe" else ""
+        process.communicate()
+    assert process.returncode == 0
+    assert at.is_fifo() if what == "pipe" else at.is_symlink()
+    assert (page or (tmp_path / "page").read_text()).startswith("<!doctype html>")
 
 
 def test_few_values_have_no_high_percentiles(tmp_path: Path) -> None:

@@ -57,7 +57,10 @@ def _width() -> int | None:
 
 
 def _write(path: Path, page: str) -> None:
-    """Whole, or not at all."""
+    """Whole, or not at all; to what is no file of its own (/dev/stdout, a pipe), as it comes."""
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        path.write_text(page, encoding="utf-8")
+        return
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         part.write_text(page, encoding="utf-8")

@@ -44,6 +44,8 @@ _WORDS = {
 def render(report: Report, width: int | None = _WIDTH) -> str:
     """All of it; each line ends. `width`: of the terminal; None: names are not cut."""
     room = _room(report, width)
+    # A client and a name beside each other share it, unless there is no end to it.
+    rooms = (room, room) if width is None else (room // 2, room - room // 2)
     lines = [*_head(report), "", *_stages(report)]
     for name in ("pod", "backend", "server", "rcode", "type", "name"):
         if report.by[name]:
@@ -54,9 +56,9 @@ def render(report: Report, width: int | None = _WIDTH) -> str:
             "give or take 20 %, and from fewer, more"
         )
     if report.failures:
-        lines += ["", *_failures(report, room)]
+        lines += ["", *_failures(report, *rooms)]
     if report.slowest:
-        lines += ["", *_slowest(report, room)]
+        lines += ["", *_slowest(report, *rooms)]
     lines += ["", *_coverage(report.coverage)]
     return "".join(f"{line.rstrip()}\n" for line in lines)
 
@@ -183,8 +185,8 @@ def _groups(name: str, groups: Sequence[Group], room: int) -> Iterator[str]:
         )
 
 
-def _failures(report: Report, room: int) -> Iterator[str]:
-    client, name = _CLIENT + room // 2, _NAME - 1 + room - room // 2
+def _failures(report: Report, for_client: int, for_name: int) -> Iterator[str]:
+    client, name = _CLIENT + for_client, _NAME - 1 + for_name
     yield f"{'FAILED':>8}  {'CLIENT':<{client + 1}}{'NAME':<{name + 1}}WHAT"
     for one in report.failures:
         what = one.rcode if one.status == "answered" and one.rcode else one.status
@@ -198,7 +200,7 @@ def _failures(report: Report, room: int) -> Iterator[str]:
             yield from _wrap(f"at {clean(one.place)}", 10)
 
 
-def _slowest(report: Report, room: int) -> Iterator[str]:
+def _slowest(report: Report, for_client: int, for_name: int) -> Iterator[str]:
     yield "SLOWEST"
     for one in report.slowest[:_SHOWN]:
         client = one["client"] or {}
@@ -209,8 +211,8 @@ def _slowest(report: Report, room: int) -> Iterator[str]:
         by = backend.get("pod") or backend.get("ip") or "unknown"
         yield (
             f"{duration(one['latency_ns']):>8}  {one['time']:%H:%M:%S} "
-            f"{fit(clean(who or 'unknown'), _CLIENT + room // 2)} "
-            f"{fit_name(clean(one['name'] or '-'), _NAME + room - room // 2)} "
+            f"{fit(clean(who or 'unknown'), _CLIENT + for_client)} "
+            f"{fit_name(clean(one['name'] or '-'), _NAME + for_name)} "
             f"{clean(one['type'] or '-')}"
         )
         took = sorted(
