@@ -16,9 +16,10 @@ static __always_inline u64 equal(u64 a, u64 b)
 	return (differ - 1) >> 63;
 }
 
-/* One of two, by a bit. */
+/* One of two, by a bit. Clang would make a branch of it if it saw that it is one. */
 static __always_inline u64 either(u64 bit, u64 where_1, u64 where_0)
 {
+	asm volatile("" : "+r"(bit));
 	return where_0 + bit * (where_1 - where_0);
 }
 

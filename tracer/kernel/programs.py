@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import functools
 import os
+import struct
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Literal
 
@@ -90,8 +91,8 @@ _PROBED = (
 def load_socket_program(built: Object, kind: HopKind, *, udp: bool = True) -> int:
     """A cgroup_skb program for what sockets send (SEND) or are given (RECEIVE).
 
-    Without `udp`, it sees to TCP alone. Where the kernel has no helpers that tell such a program of the process (EINVAL), it reads the
-    task.
+    Without `udp`, it sees to TCP alone. Where the kernel has no helpers that tell such a program of
+    the process, it reads the task.
     """
     constants = {
         _MARK_HOOK: int(kind),
@@ -100,19 +101,36 @@ def load_socket_program(built: Object, kind: HopKind, *, udp: bool = True) -> in
         _MARK_NETNS: 0,
         _MARK_UDP: int(udp),
         _MARK_PULL: 0,
+        _MARK_READ_TASK: int(not _tells_of_processes()),
     }
-    name = f"dnstrace_{kind.name.lower()}"
+    code = built.linked("packet", constants)
+    return bpf.program_load(
+        ProgramType.CGROUP_SKB, code, f"dnstrace_{kind.name.lower()}", _CGROUP_ATTACH[kind]
+    )
 
-    def load(read_task: int) -> int:
-        code = built.linked("packet", {**constants, _MARK_READ_TASK: read_task})
-        return bpf.program_load(ProgramType.CGROUP_SKB, code, name, _CGROUP_ATTACH[kind])
 
+# Calls bpf_get_current_pid_tgid and bpf_get_current_cgroup_id, and returns 1.
+_ASKS_WHO = b"".join(
+    struct.pack("=BBhi", *instruction)
+    for instruction in ((0x85, 0, 0, 14), (0x85, 0, 0, 80), (0xB7, 0, 0, 1), (0x95, 0, 0, 0))
+)
+
+
+@functools.cache
+def _tells_of_processes() -> bool:
+    """Whether cgroup_skb programs may ask who sends: from 6.10 on, by a program that does little else.
+
+    Asking with the whole program takes the verifier seconds on small machines.
+    """
+    attach = AttachType.CGROUP_INET_EGRESS
     try:
-        return load(0)
+        program = bpf.program_load(ProgramType.CGROUP_SKB, _ASKS_WHO, "dnstrace_who", attach)
     except bpf.BpfError as error:
         if error.errno != errno.EINVAL:
             raise
-    return load(1)
+        return False
+    os.close(program)
+    return True
 
 
 def attach_to_cgroup(built: Object, cgroup: Path, *, udp: bool = True) -> list[int]:
