@@ -11,6 +11,13 @@
 #ifndef VERDICTS
 #define VERDICTS 262144 /* more containers than a node can have, their cgroups included */
 #endif
+/*
+ * Of the tables that forget what was used least lately: before 6.17 (d4adf1c9ee77),
+ * each CPU keeps 128 entries to itself, however few there are.
+ */
+#ifndef LRU_ENTRIES
+#define LRU_ENTRIES 1024
+#endif
 #define DNS_PORT_WORDS 1024 /* 65,536 bits */
 
 /*
@@ -95,7 +102,7 @@ struct meant {
 	u16 pad[3];
 };
 
-BPF_TABLE("lru_hash", u64, struct meant, meant_by_socket, CONNECTIONS);
+BPF_TABLE("lru_hash", u64, struct meant, meant_by_socket, CONNECTIONS + LRU_ENTRIES);
 BPF_RINGBUF_OUTPUT(segment_ring, SEGMENT_PAGES);
 
 BPF_PERCPU_ARRAY(counters, u64, COUNTERS);
@@ -105,7 +112,7 @@ BPF_ARRAY(dns_ports, u64, DNS_PORT_WORDS);
 BPF_F_TABLE("hash", u64, u8, cgroup_verdicts, VERDICTS, BPF_F_NO_PREALLOC);
 BPF_F_TABLE("hash", u32, u8, netns_verdicts, VERDICTS / 4, BPF_F_NO_PREALLOC);
 /* Cgroups that were asked a query of ours: what they ask themselves may be because of it. */
-BPF_TABLE("lru_hash", u64, u8, serving_cgroups, 1024);
+BPF_TABLE("lru_hash", u64, u8, serving_cgroups, LRU_ENTRIES);
 
 /* Without them, every transaction leaves. */
 #ifdef SERIES
@@ -122,7 +129,7 @@ BPF_TABLE("lru_hash", u64, u8, serving_cgroups, 1024);
  */
 BPF_TABLE("hash", struct series_key, struct series, all_series, SERIES);
 /* How many series each client has, by client_number; user space corrects it when it makes room. */
-BPF_TABLE("lru_hash", u64, u32, series_begun, 1024);
+BPF_TABLE("lru_hash", u64, u32, series_begun, LRU_ENTRIES);
 BPF_TABLE("hash", struct bucket_key, u64, buckets, BUCKETS);
 
 /* When a server has last waited for an answer of others, by the question. */
@@ -142,9 +149,9 @@ struct span {
 	u64 former_end_ns;
 };
 
-#define SPAN_MEMORY_NS 10000000000ULL /* longer than a server waits for others before it answers */
+#define SPAN_PATIENCE_NS 3000000000ULL /* longer than a server waits until it asks again */
 
-BPF_TABLE("lru_hash", struct span_key, struct span, upstream_spans, 1024);
+BPF_TABLE("lru_hash", struct span_key, struct span, upstream_spans, LRU_ENTRIES);
 
 /* Tunnel headers, an IPv6 header with options, UDP, and the longest question. */
 #define SCRATCH_BYTES 512

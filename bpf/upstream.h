@@ -19,7 +19,7 @@ static __always_inline void open_span(struct transaction *slot)
 		return;
 	slot->by_server = 1;
 	span = upstream_spans.lookup(&key);
-	if (span && span->waiting && slot->start_ns - span->start_ns < SPAN_MEMORY_NS) {
+	if (span && span->waiting && slot->start_ns - span->last_ns < SPAN_PATIENCE_NS) {
 		span->last_ns = slot->start_ns; /* it asks again, or for somebody else */
 		__sync_fetch_and_add(&span->waiting, 1);
 		return;

@@ -37,6 +37,7 @@ def other(root: None) -> Iterator[int]:
         run("ip link add far0 type veth peer name far1")
         run(f"ip link set far1 netns /proc/{os.getpid()}/fd/{other}")
         run("ip link add bridge0 type bridge")
+        run("ip link set veth1 master bridge0")
         run("ip link add vxlan0 type vxlan id 1 dstport 4789 local 127.0.0.1")
         run("ip tuntap add tun0 mode tun")
         yield other
@@ -52,10 +53,12 @@ def test_devices_are_those_that_ip_lists(other: int) -> None:
             ARPHRD[device["link_type"]],
             "LOOPBACK" in device["flags"],
             device.get("link_netnsid"),
+            device.get("linkinfo", {}).get("info_slave_kind", ""),
         )
         for device in json.loads(run("ip -j -d link"))
     ]
     assert len(listed) == 7
+    assert "bridge" in {link.port_of for link in listed}
     assert rtnetlink.links() == listed
 
 

@@ -39,7 +39,9 @@ _ARPHRD_RAW_IP = {
 }
 _ETH_HLEN = 14
 # What carries a packet on, or would show it twice: packets enter and leave through other devices.
-_SKIPPED_KINDS = {"bridge", "ifb", "dummy", "nlmon", "team", "vrf", "netkit"}
+_SKIPPED_KINDS = {"bridge", "ifb", "dummy", "nlmon", "vrf", "netkit"}
+# Ports of these are one device to all above: an answer may leave by another than the query came by.
+_BUNDLING_KINDS = {"bond", "team"}
 _RESCAN_S = 5.0
 _FORGET_AFTER_S = 60.0
 
@@ -300,7 +302,7 @@ def _exists(ifindex: int) -> bool:
 
 def _l2_len(link: Link) -> int | None:
     """Bytes before the network header, or None where no hop is wanted."""
-    if link.loopback or link.kind in _SKIPPED_KINDS:
+    if link.loopback or link.kind in _SKIPPED_KINDS or link.port_of in _BUNDLING_KINDS:
         return None
     if link.arphrd == _ARPHRD_ETHER:
         return _ETH_HLEN

@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 _MIB = 1 << 20
+_LRU_PER_CPU = 256  # see LRU_ENTRIES in bpf/maps.h
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +38,7 @@ class Limits:
             "SMALL_PAGES": max(1, self.small_ring // page),
             "LARGE_PAGES": max(1, self.large_ring // page),
             "SEGMENT_PAGES": max(1, self.segment_ring // page),
+            "LRU_ENTRIES": max(1024, _LRU_PER_CPU * possible_cpus()),
         }
         if self.series:
             sizes |= {"SERIES": self.series, "BUCKETS": self.buckets}
@@ -53,3 +56,9 @@ CONTINUOUS = Limits(
     series=4096,
     buckets=65_536,
 )
+
+
+def possible_cpus() -> int:
+    """How many values a per-CPU map has (/sys/devices/system/cpu/possible, e.g. "0-3")."""
+    last = Path("/sys/devices/system/cpu/possible").read_text().strip().split(",")[-1]
+    return int(last.split("-")[-1]) + 1

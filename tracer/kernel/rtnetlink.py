@@ -27,6 +27,7 @@ _NLMSG_ERROR, _NLMSG_DONE = 2, 3
 _REQUEST, _DUMP, _DUMP_INTERRUPTED = 1, 0x300, 0x10
 _LISTINGS_MAX = 10
 _IFLA_IFNAME, _IFLA_LINKINFO, _IFLA_LINK_NETNSID, _IFLA_INFO_KIND = 3, 18, 37, 1
+_IFLA_INFO_SLAVE_KIND = 4
 _IFA_ADDRESS, _IFA_LOCAL = 1, 2
 _SCOPE_LINK = 253  # and above: addresses that other machines have too
 _NETNSA_NSID, _NETNSA_FD = 1, 3
@@ -46,6 +47,7 @@ class Link:
     arphrd: int
     loopback: bool
     peer_nsid: int | None
+    port_of: str = ""  # the kind of the device that it is a port of, "bridge", "bond", …
 
 
 def links() -> list[Link]:
@@ -139,15 +141,17 @@ def _link(body: bytes) -> Link:
     if len(body) < _IFINFO.size:
         raise _malformed()
     _, arphrd, ifindex, flags, _ = _IFINFO.unpack_from(body)
-    name, kind, peer = str(ifindex), "", None
+    name, kind, peer, port_of = str(ifindex), "", None, ""
     for number, value in _attributes(body[_IFINFO.size :]):
         if number == _IFLA_IFNAME:
             name = _text(value)
         elif number == _IFLA_LINK_NETNSID:
             peer = _number(value)
         elif number == _IFLA_LINKINFO:
-            kind = next((_text(v) for n, v in _attributes(value) if n == _IFLA_INFO_KIND), "")
-    return Link(ifindex, name, kind, arphrd, bool(flags & _IFF_LOOPBACK), peer)
+            told = dict(_attributes(value))
+            kind = _text(told.get(_IFLA_INFO_KIND, b""))
+            port_of = _text(told.get(_IFLA_INFO_SLAVE_KIND, b""))
+    return Link(ifindex, name, kind, arphrd, bool(flags & _IFF_LOOPBACK), peer, port_of)
 
 
 def _address(body: bytes) -> str | None:

@@ -9,13 +9,12 @@ import struct
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from tracer.kernel import bpf, host, kprobes, netns, programs
 from tracer.kernel.compile import Compilation, CompileError, Object
 from tracer.kernel.devices import Device, Devices
-from tracer.kernel.limits import Limits
+from tracer.kernel.limits import Limits, possible_cpus
 from tracer.kernel.ring import Ring
 from tracer.kernel.table import Table
 from tracer.record import (
@@ -30,6 +29,7 @@ from tracer.record import (
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping
+    from pathlib import Path
 
     import numpy as np
     from numpy.typing import NDArray
@@ -274,7 +274,7 @@ class Session:
 
     def counters(self) -> dict[Counter, int]:
         """The kernel's counters, summed over CPUs."""
-        cpus = _possible_cpus()
+        cpus = possible_cpus()
         totals = {}
         for counter in Counter:
             raw = bpf.map_lookup(self.built.map_fds["counters"], _U32.pack(counter), 8 * cpus)
@@ -441,9 +441,3 @@ def _replace(fd: int, wanted: Mapping[bytes, bytes], key_size: int) -> None:
             bpf.map_update(fd, key, value)
     for key in present - wanted.keys():
         bpf.map_delete(fd, key)
-
-
-def _possible_cpus() -> int:
-    """How many values a per-CPU map has (/sys/devices/system/cpu/possible, e.g. "0-3")."""
-    last = Path("/sys/devices/system/cpu/possible").read_text().strip().split(",")[-1]
-    return int(last.split("-")[-1]) + 1
