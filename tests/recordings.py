@@ -35,6 +35,7 @@ class Made:
     status: str = "answered"
     comm: str = "dig"
     reason: str | None = None
+    client_seen: bool = True
     by_server: bool = False
 
     def stages(self) -> dict[str, int]:
@@ -52,6 +53,7 @@ class Made:
             "time_ns": self.time_ns,
             "kept": "sample",
             "weight": weight,
+            "client_seen": self.client_seen,
             "by_server": self.by_server,
             "status": self.status,
             "id": 7,
@@ -103,13 +105,22 @@ def record(
 def _histograms(made: Iterable[Made]) -> Iterable[dict[str, Any]]:
     groups: dict[tuple[Any, ...], list[Made]] = {}
     for one in made:
-        key = (one.namespace, one.pod, one.backend, one.type, one.rcode, one.status, one.by_server)
+        key = (
+            one.namespace,
+            one.pod,
+            one.backend,
+            one.type,
+            one.rcode,
+            one.status,
+            one.client_seen,
+            one.by_server,
+        )
         groups.setdefault(key, []).append(one)
-    for (namespace, pod, backend, type_, rcode, status, by_server), members in groups.items():
+    for (namespace, pod, backend, type_, rcode, status, seen, by_server), members in groups.items():
         who = {
             "client_namespace": namespace, "client_pod": pod, "backend_ip": "10.244.2.2",
             "backend_namespace": "kube-system", "backend_pod": backend, "protocol": "udp",
-            "by_server": by_server,
+            "client_seen": seen, "by_server": by_server,
         }  # fmt: skip
         asked = {
             "server_ip": "10.96.0.10", "server_port": 53, "service": "kube-system/kube-dns",

@@ -111,7 +111,7 @@ def book(settled: bool = True) -> tuple[Book, Names]:
 
 def test_each_reading_gives_what_has_come_since_the_one_before(kernel: Kernel) -> None:
     reader, _ = book()
-    kernel.begin(1000)
+    kernel.begin(1000, netns=7)
     kernel.count(1000, 500, 40)
     ((labels, entry),) = reader.take(kernel.read())
     assert labels == Labels(
@@ -351,3 +351,27 @@ def test_moment_of_work_now_and_then_changes_nothing() -> None:
     for second in range(600):
         clock.cpu_s += 0.2 if second % 60 == 59 else 0.002
         assert budget.look(float(second), 10_000 * second, 0).share == 10
+
+
+@pytest.mark.parametrize(("cgroup_id", "named"), [(1, "web-1"), (CGROUP, "web-0")])
+def test_network_namespace_is_its_present_owners_where_cgroups_tell_nothing(
+    kernel: Kernel, cgroup_id: int, named: str
+) -> None:
+    """Its number, and the pod's address, are soon another pod's."""
+    reader, names = book()
+    kernel.begin(1000, netns=7, cgroup_id=cgroup_id)
+    for pod in ("web-0", "web-1"):
+        names.named[cgroup_id] = ("sre", pod, "app", "n1")
+        names.version += 1
+        kernel.count(1000, 500, 40)
+        ((labels, _),) = reader.take(kernel.read())
+    assert labels.pod == named
+
+
+def test_client_of_another_node_is_not_seen(kernel: Kernel) -> None:
+    reader, _ = book()
+    for number, netns in ((1000, 7), (1001, 0)):
+        kernel.begin(number, netns=netns, cgroup_id=CGROUP if netns else 0)
+        kernel.count(number, 500, 40)
+    seen = [labels.client_seen for labels, _ in reader.take(kernel.read())]
+    assert seen == [True, False]

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import math
 import os
@@ -393,7 +394,7 @@ def test_recordings_without_a_column_that_came_later_are_read(tmp_path: Path) ->
     record(tmp_path / "new", [Made(latency_ns=1000), Made(latency_ns=2000, by_server=True)])
     (tmp_path / "old").mkdir()
     for path in (tmp_path / "new").glob("*.parquet"):
-        later = "" if path.name.startswith("coverage") else "EXCLUDE (by_server)"
+        later = "" if path.name.startswith("coverage") else "EXCLUDE (by_server, client_seen)"
         with duckdb.connect() as database:
             database.execute(
                 f"COPY (SELECT * {later} FROM read_parquet('{path}')) "
@@ -457,3 +458,72 @@ def test_columns_of_other_types_are_no_recording(tmp_path: Path, many: Path) -> 
     ((path, why),) = report.coverage.unreadable
     assert path == str(other)
     assert "recorded is of another type" in why
+
+
+def test_rare_types_are_counted_together_and_found_all_the_same(tmp_path: Path) -> None:
+    rare = [Made(type="CAA", latency_ns=1000 + n) for n in range(5)]
+    record(tmp_path, [*rare, Made(type="A")])
+    report = make([tmp_path], Filters(type="caa"))
+    assert (report.counted, report.transactions, report.total.count) == (False, 5, 5)
+    assert make([tmp_path], Filters(type="A")).counted
+
+
+PATTERNS = [
+    "a\\032b*", "*\\*", "x[1*", "x[[]1", "[!a]*", "[]]*", "[!]]*", "a?c", "[", "[!", "*[", "[a-", "a[\\]b",
+    "\\[a]", "[a-c]\\*",
+]  # fmt: skip
+TEXTS = [
+    "a\\032b.example.com", "x[1y", "x[1", "b", "]a", "abc", "[", "[!", "z[", "[a-", "a\\b", "\\a", "b\\x", "!x",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_globs_mean_what_they_mean_in_a_live_trace(tmp_path: Path, pattern: str) -> None:
+    record(tmp_path, [Made(comm=text[:15]) for text in TEXTS])
+    wanted = sum(fnmatch.fnmatchcase(text[:15], pattern[:15]) for text in TEXTS)
+    assert make([tmp_path], Filters(comm=pattern)).transactions == wanted
+
+
+def test_address_mapped_into_ipv6_is_the_ipv4_one(many: Path) -> None:
+    assert make([many], Filters(server="::ffff:10.96.0.10")).transactions == len(MANY)
+
+
+@pytest.mark.parametrize(
+    "spoilt",
+    ["NULL AS time", "'290000-01-01'::TIMESTAMPTZ AS time", "'infinity'::TIMESTAMPTZ AS time",
+     f"{2**63 - 1} AS weight", "-1 AS latency_ns"],
+)  # fmt: skip
+def test_impossible_numbers_cost_their_file_alone(tmp_path: Path, many: Path, spoilt: str) -> None:
+    (file,) = many.glob("transactions-*.parquet")
+    other = tmp_path / "transactions-other.parquet"
+    column = spoilt.rpartition(" AS ")[2]
+    with duckdb.connect() as database:
+        types = {
+            name: kind for name, kind, *_ in database.sql(f"DESCRIBE FROM '{file}'").fetchall()
+        }
+        value = f"CAST({spoilt.rpartition(' AS ')[0]} AS {types[column]}) AS {column}"
+        database.execute(
+            f"COPY (SELECT * REPLACE ({value}) FROM '{file}') TO '{other}' (FORMAT parquet)"
+        )
+    report = make([many, tmp_path], Filters())
+    assert report.transactions == len(MANY)
+    ((path, why),) = report.coverage.unreadable
+    assert path == str(other)
+    assert "impossible" in why
+    assert render(report)
+    assert json.dumps(to_json(report))
+
+
+def test_file_name_that_is_no_text_is_told_harmlessly(tmp_path: Path, many: Path) -> None:
+    (tmp_path / os.fsdecode(b"transactions-\xff.parquet")).write_text("junk")
+    report = make([many, tmp_path], Filters())
+    assert report.transactions == len(MANY)
+    for said in (render(report), json.dumps(to_json(report))):
+        said.encode()
+
+
+def test_clients_of_other_nodes_are_said_to_be(tmp_path: Path) -> None:
+    record(tmp_path, [Made(), Made(namespace=None, pod=None, client_seen=False)])
+    report = make([tmp_path], Filters())
+    assert (report.transactions, report.elsewhere) == (2, 1)
+    assert "of them, 1 from clients that are not on the node" in " ".join(render(report).split())

@@ -135,6 +135,8 @@ def _trace_with(args: argparse.Namespace, compilation: Compilation | None) -> in
     try:
         filters = _filters(args)
         filters.predicate()
+        if args.command == "continuous":
+            filters.require_counted()
         names = _Names(args, filters)
     except (ValueError, PodsFileError, ConfigError) as error:
         fail(str(error))

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from tracer import decode
 from tracer.cluster import selector
+from tracer.decode.words import is_counted
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -82,9 +83,17 @@ class Filters:
 
     def backend_wanted(self) -> Callable[[str | None, str], bool] | None:
         """Whether a pod (namespace, name) is the backend; None if none is asked for by name."""
-        if self.backend is None or _backend_ip(self.backend) is not None:
+        if self.backend is None or _backendip_named(self.backend) is not None:
             return None
         return _pod_glob(self.backend)
+
+    def require_counted(self) -> None:
+        """Raises ValueError if counts by type cannot tell what is asked for."""
+        if self.type is not None and not is_counted(named := decode.type_named(self.type)):
+            raise ValueError(
+                f"--type {named}: rare types are counted together, under the type 'other'; "
+                "dnstrace without 'continuous' traces them one by one"
+            )
 
     def predicate(self, labels_of: LabelsOf = lambda _namespace, _pod: None) -> Predicate:
         """Whether a transaction is asked for. ValueError says which value makes no sense.
@@ -206,14 +215,14 @@ def _slower(text: str) -> Predicate:
 
 
 def _sent_to(text: str) -> Predicate:
-    ip = _ip("server", text)
+    ip = ip_named("server", text)
     return lambda t: t.server.ip == ip
 
 
-def _backend_ip(text: str) -> str | None:
+def _backendip_named(text: str) -> str | None:
     """None: it is a pod's name."""
     try:
-        return _ip("backend", text)
+        return ip_named("backend", text)
     except ValueError:
         if ":" in text or re.fullmatch(r"[\d.]+", text):
             raise
@@ -221,7 +230,7 @@ def _backend_ip(text: str) -> str | None:
 
 
 def _answered_by(text: str) -> Predicate:
-    ip = _backend_ip(text)
+    ip = _backendip_named(text)
     if ip is not None:
         return lambda t: t.backend is not None and t.backend.ip == ip
     match = _pod_glob(text)
@@ -252,7 +261,8 @@ def _glob(what: str, pattern: str) -> Callable[[str], bool]:
     return lambda text: matches(text) is not None
 
 
-def _ip(what: str, text: str) -> str:
+def ip_named(what: str, text: str) -> str:
+    """An address as transactions have it: IPv4 is that, even mapped into IPv6. Raises ValueError."""
     try:
         address = ipaddress.ip_address(text)
     except ValueError:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from tracer.decode.words import COUNTED_TYPES
 from tracer.kernel.aggregates import OVERFLOW_IDS, Counted, overflow_key
 from tracer.record import (
     BUCKET_KEY,
@@ -38,7 +39,6 @@ SERIES_PER_CLIENT = SERIES_MAX // 8
 BUCKETS_MAX = 65_536  # of all series together
 
 _NO_RCODE = 255
-_CLASSES = (1, 2, 5, 6, 12, 15, 16, 28, 33, 64, 65)  # type_class in bpf/latency.h
 
 
 @dataclass(slots=True)
@@ -163,7 +163,7 @@ def _keys_of(slots: NDArray[np.void], no_socket: int) -> NDArray[np.void]:
     is_here = slots["netns"] != 0
     keys["client_addr"][is_here] = asked["client_addr"][is_here]
     keys["server_addr"], keys["server_port"] = asked["server_addr"], asked["server_port"]
-    keys["type"] = np.where(np.isin(slots["type"], _CLASSES), slots["type"], 0)
+    keys["type"] = np.where(np.isin(slots["type"], COUNTED_TYPES), slots["type"], 0)
     flags = slots["response_flags"].astype(np.int64)
     keys["rcode"] = np.where(flags != 0, flags & 15, _NO_RCODE)
     keys["status"] = [Status[name.upper()] for name in statuses(slots, no_socket)]

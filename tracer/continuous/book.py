@@ -143,7 +143,7 @@ class Book:
             known.labels = labels_of(key, self._names)
             known.version = self._version()
         elif known.version != self._version():
-            known.labels = renewed(known.labels, labels_of(key, self._names))
+            known.labels = renewed(known.labels, labels_of(key, self._names), key)
             known.version = self._version()
         if known.unnamed is not None:
             entry.add(known.unnamed)

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 _NO_RCODE = 255
+_ROOT_CGROUP = 1  # where everybody is on hosts with cgroup v1 alone
 _TCP = 6
 
 
@@ -37,6 +38,7 @@ class Labels(NamedTuple):
     rcode: str | None = None
     status: str = "answered"
     protocol: str | None = None
+    client_seen: bool = True  # False: its socket is not here, but on another node as a rule
     by_server: bool = False  # the client answers queries itself, so it may ask for others' sake
     overflow: bool = False  # all of that client, or of every one, that found no room
 
@@ -66,6 +68,7 @@ def labels_of(key: np.void, names: Names) -> Labels:
             backend_namespace=backend_namespace,
             backend_pod=backend_pod,
             protocol=_protocol(key),
+            client_seen=bool(key["netns"]),
             by_server=bool(key["by_server"]),
         )
     return Labels(
@@ -84,14 +87,16 @@ def labels_of(key: np.void, names: Names) -> Labels:
         None if key["rcode"] == _NO_RCODE else rcode_text(int(key["rcode"])),
         status,
         _protocol(key),
+        bool(key["netns"]),
         bool(key["by_server"]),
     )
 
 
-def renewed(before: Labels, now: Labels) -> Labels:
+def renewed(before: Labels, now: Labels, key: np.void) -> Labels:
     """What a series is called once more is known: a client keeps its name, and so does whoever is
-    nobody any more. An address that is another's by now is the other's."""
-    if before.pod is not None:
+    nobody any more. An address that is another's by now is the other's, and so is a client's network
+    namespace, where no cgroup tells pods apart."""
+    if before.pod is not None and (key["cgroup_id"] > _ROOT_CGROUP or now.pod is None):
         now = now._replace(
             namespace=before.namespace, pod=before.pod, container=before.container or now.container
         )

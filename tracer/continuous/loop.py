@@ -248,11 +248,19 @@ class Continuous:
         slots = slots_of(records)
         slower_ns = self.budget.keeping.slower_ns
         rows = [
-            transaction_row(t, why_kept(t, slower_ns), weight, times, by_server=bool(by_server))
-            for t, weight, times, by_server in zip(
+            transaction_row(
+                t,
+                why_kept(t, slower_ns),
+                weight,
+                times,
+                client_seen=bool(netns),
+                by_server=bool(by_server),
+            )
+            for t, weight, times, netns, by_server in zip(
                 self._assembler.assemble(records),
                 slots["weight"].tolist(),
                 stage_times(slots).tolist(),
+                slots["netns"].tolist(),
                 slots["by_server"].tolist(),
                 strict=True,
             )

@@ -38,14 +38,21 @@ def why_kept(t: Transaction, slower_ns: int) -> str:
 
 
 def transaction_row(
-    t: Transaction, kept: str, weight: int, stages: Sequence[int], *, by_server: bool
+    t: Transaction,
+    kept: str,
+    weight: int,
+    stages: Sequence[int],
+    *,
+    client_seen: bool,
+    by_server: bool,
 ) -> dict[str, Any]:
-    """`stages`: nanoseconds in each, as stage_times has them; `by_server` as in Labels."""
+    """`stages`: nanoseconds in each, as stage_times has them; the rest as in Labels."""
     whole = jsonl.transaction_object(t)
     row: dict[str, Any] = {name: whole[name] for name in _FROM_JSON}
     row["time_ns"] = t.time_ns
     row["kept"] = kept
     row["weight"] = weight
+    row["client_seen"] = client_seen
     row["by_server"] = by_server
     row["stages"] = {name: ns or None for name, ns in zip(STAGE_NAMES, stages, strict=True)}
     return row
@@ -72,6 +79,7 @@ def histogram_rows(
         "rcode": labels.rcode,
         "status": None if labels.of_stages else labels.status,
         "protocol": labels.protocol,
+        "client_seen": labels.client_seen,
         "by_server": labels.by_server,
     }
     if labels.of_stages:

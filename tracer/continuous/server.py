@@ -7,9 +7,9 @@
 from __future__ import annotations
 
 import socket
+import socketserver
 import threading
 from contextlib import suppress
-from socketserver import ThreadingMixIn
 from typing import TYPE_CHECKING, Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
@@ -83,7 +83,7 @@ class _Handler(WSGIRequestHandler):
         """A scrape every few seconds is no news."""
 
 
-class _Server(ThreadingMixIn, WSGIServer):
+class _Server(socketserver.ThreadingMixIn, WSGIServer):
     daemon_threads = True
     request_queue_size = 64
 
@@ -92,6 +92,12 @@ class _Server(ThreadingMixIn, WSGIServer):
         self._open: dict[int, Any] = {}  # sockets, the oldest first
         self._open_lock = threading.Lock()
         super().__init__(*arguments, **more)
+
+    def server_bind(self) -> None:
+        """Without asking the DNS for our own name, which may be what is broken."""
+        socketserver.TCPServer.server_bind(self)
+        self.server_name, self.server_port = str(self.server_address[0]), self.server_address[1]
+        self.setup_environ()
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """In a thread of its own. Where there are too many, whoever has taken longest has to go:

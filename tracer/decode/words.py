@@ -13,6 +13,9 @@ import dns.rcode
 import dns.rdataclass
 import dns.rdatatype
 
+# Types that are counted by name; others, of which there may be as many as a client likes, are
+# counted together (type_class in bpf/latency.h).
+COUNTED_TYPES = (1, 2, 5, 6, 12, 15, 16, 28, 33, 64, 65)
 _ABBREVIATIONS = {
     "DNSKEY": "DNSKEY",
     "DNSSEC": "DNSSEC",
@@ -24,6 +27,11 @@ _ABBREVIATIONS = {
     "BEFORE": "before",
     "TO": "to",
 }
+
+
+def is_counted(type_: str) -> bool:
+    """Whether a type, by its mnemonic, is counted by name."""
+    return type_ in map(type_text, COUNTED_TYPES)
 
 
 def type_named(text: str) -> str:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 _KNOB = Path("/sys/kernel/rcu_expedited")
-_MARKER = Path("/run/dnstrace-rcu-expedited")
+_MARKER = Path("/run/dnstrace/rcu-expedited")  # of a directory that a pod can share with its node
 # Ends when its standard input does: with us, if we are killed.
 _GUARD = 'read -r _; echo 0 > "$1" && rm -f "$2"'
 
@@ -49,6 +49,7 @@ def _lock_marker() -> int | None:
     """A descriptor that holds the lock; None if it is taken, or where there can be no marker."""
     while True:
         try:
+            _MARKER.parent.mkdir(mode=0o700, exist_ok=True)
             lock = os.open(_MARKER, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         except OSError:
             return None

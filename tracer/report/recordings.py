@@ -20,10 +20,28 @@ if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
 
 KINDS = ("transactions", "histograms", "coverage")
-_LATER = {"by_server"}  # columns that the first recordings did not have
+_LATER = {"by_server", "client_seen"}  # columns that the first recordings did not have
 _MEMORY = "1GB"
 _NAME = re.compile(r"(transactions|histograms|coverage)-.*\.parquet", re.DOTALL)
 _TIMES = {"time_ns": ("time", "time_ns"), "time_start_ns": ("time_start",), "time_end_ns": ("time_end",)}  # fmt: skip
+_WHEN = "BETWEEN TIMESTAMPTZ '1970-01-01' AND TIMESTAMPTZ '2200-01-01'"
+_MOST = 1 << 48
+
+
+def _within(*numbers: str, most: int = _MOST) -> str:
+    """A condition: each is unknown, or neither negative nor more than can be."""
+    return " AND ".join(f"coalesce({number}, 0) BETWEEN 0 AND {most}" for number in numbers)
+
+
+# What whoever wrote them holds to; a row of anything else would spoil the sums of all.
+_SOUND = {
+    "transactions": f"time {_WHEN} AND time_ns > 0 AND {_within('weight', 'latency_ns')}",
+    "histograms": f"time_start {_WHEN} AND time_end {_WHEN} "
+    f"AND {_within('count', 'timed', 'max_ns')} AND {_within('sum_ns', most=1 << 62)} AND "
+    f"len([b FOR b IN buckets IF NOT ({_within('b.lower_ns', 'b.upper_ns', 'b.count')})]) = 0",
+    "coverage": f"time_start {_WHEN} AND time_end {_WHEN} "
+    f"AND {_within('transactions', 'recorded', 'not_kept', 'skipped')}",
+}
 
 
 class RecordingError(Exception):
@@ -122,10 +140,25 @@ def _take(found: Recordings, file: Path) -> None:
             if others:
                 why = f"a recording, but {others[0]} is of another type than it should be"
                 found.unreadable.append((file, why))
+            elif (wrong := _what_is_wrong(found, kind, file)) is not None:
+                found.unreadable.append((file, wrong))
             else:
                 found.files[kind].append(file)
             return
     found.unreadable.append((file, "Parquet, but not a recording of dnstrace's"))
+
+
+def _what_is_wrong(found: Recordings, kind: str, file: Path) -> str | None:
+    """With a file of that kind's columns; None: nothing that would be noticed here."""
+    import duckdb
+
+    try:
+        ((wrong,),) = found.rows(
+            f"SELECT count(*) FILTER (NOT coalesce({_SOUND[kind]}, false)) FROM {_read(file)}"
+        )
+    except (duckdb.Error, OSError) as error:
+        return _short(error)
+    return f"a recording, but with impossible times or numbers in {wrong} rows" if wrong else None
 
 
 def _nothing(paths: Sequence[Path], found: Recordings) -> str:

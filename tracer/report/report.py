@@ -9,6 +9,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tracer.decode.words import printable
 from tracer.report import where
 from tracer.report.figures import SHARES, Coverage, Failure, Group, Heat, Report, Times
 from tracer.report.recordings import RecordingError, Recordings, leave_out_damaged, load
@@ -88,7 +89,7 @@ class _Maker:
         self._stages_counted = has_counts and parts.possible
         self._by_servers = 0
         if clients_alone:
-            self._by_servers = self._count_by_servers()
+            self._by_servers = self._count_where("by_server")
             self._kept, self._whole, self._parts = map(where.of_clients, (kept, whole, parts))
 
     def report(self) -> Report:
@@ -104,6 +105,7 @@ class _Maker:
             self._stages_counted,
             sum(statuses.values()),
             self._by_servers,
+            self._count_where("NOT coalesce(client_seen, true)"),
             statuses,
             total,
             self._stages(),
@@ -114,16 +116,17 @@ class _Maker:
             self._coverage(),
         )
 
-    def _count_by_servers(self) -> int:
+    def _count_where(self, condition: str) -> int:
+        """Transactions of which that is true as well."""
         if self._counted:
             ((number,),) = self._found.rows(
-                "SELECT sum(count) FROM histograms WHERE stage = 'total' AND by_server "
+                f"SELECT sum(count) FROM histograms WHERE stage = 'total' AND {condition} "
                 f"AND {self._whole.sql}",
                 self._whole.parameters,
             )
         else:
             ((number,),) = self._found.rows(
-                f"SELECT sum(weight) FROM transactions WHERE by_server AND {self._kept.sql}",
+                f"SELECT sum(weight) FROM transactions WHERE {condition} AND {self._kept.sql}",
                 self._kept.parameters,
             )
         return int(number or 0)
@@ -323,7 +326,7 @@ class _Maker:
             {name: int(n) for name, n in unmatched},
             gaps,
             [problem for (problem,) in problems],
-            [(str(path), why) for path, why in found.unreadable],
+            [(printable(str(path)), why) for path, why in found.unreadable],
             sum(map(len, found.files.values())),
         )
 

@@ -94,6 +94,11 @@ def _head(report: Report) -> Iterator[str]:
     yield f"{about}{_count(report.transactions, 'transaction')}" + (
         f": {statuses}" if statuses else ""
     )
+    if report.elsewhere:
+        yield from _note(
+            f"of them, {about}{report.elsewhere:,} from clients that are not on the node that served "
+            "them; where their own nodes are in this report, these are in it twice"
+        )
     if report.by_servers:
         yield from _note(
             f"and {about}{report.by_servers:,} that DNS servers asked themselves, which are in no "

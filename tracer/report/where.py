@@ -3,13 +3,13 @@
 
 from __future__ import annotations
 
-import ipaddress
 import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from tracer import decode
-from tracer.filters import COMM_LEN_MAX, duration_ns
+from tracer.decode.words import is_counted
+from tracer.filters import COMM_LEN_MAX, duration_ns, ip_named
 
 if TYPE_CHECKING:
     from tracer.filters import Filters
@@ -68,10 +68,10 @@ def of_transactions(filters: Filters) -> Where:
         pattern = filters.comm
         if not re.search(r"[*?\[]", pattern):
             pattern = pattern[:COMM_LEN_MAX]
-        where.add("client.comm GLOB ?", pattern)
+        where.add("client.comm GLOB ?", _glob(pattern))
     if filters.name is not None:
         lower = filters.name.lower()
-        where.add("rtrim(lower(name), '.') GLOB ?", lower.rstrip(".") or lower)
+        where.add("rtrim(lower(name), '.') GLOB ?", _glob(lower.rstrip(".") or lower))
     if filters.slower is not None:
         where.add(
             "CASE WHEN latency_ns IS NULL THEN status IN ('timeout', 'dropped') "
@@ -89,6 +89,9 @@ def of_histograms(filters: Filters, *, of_stages: bool) -> Where:
     _questions(where, filters, "server_ip", "backend_ip", "backend_namespace", "backend_pod")
     beyond = (filters.pid, filters.comm, filters.name, filters.slower)
     where.possible = all(value is None for value in beyond)
+    if filters.type is not None:
+        # The others are counted together.
+        where.possible &= is_counted(decode.type_named(filters.type))
     if of_stages:
         untold = (filters.type, filters.rcode, filters.server)
         where.possible &= not filters.failed and all(value is None for value in untold)
@@ -107,10 +110,10 @@ def _pods(where: Where, filters: Filters, namespace: str, pod: str, container: s
         for glob in filters.pods:
             what = f"{namespace} || '/' || {pod}" if "/" in glob else pod
             parts.append(f"{what} GLOB ?")
-            where.parameters.append(glob)
+            where.parameters.append(_glob(glob))
         where.conditions.append(f"({' OR '.join(parts)})")
     if filters.container is not None:
-        where.add(f"{container} GLOB ?", filters.container)
+        where.add(f"{container} GLOB ?", _glob(filters.container))
 
 
 def _questions(
@@ -123,10 +126,28 @@ def _questions(
     if filters.failed:
         where.add(_FAILED)
     if filters.server is not None:
-        where.add(f"{server} = ?", str(ipaddress.ip_address(filters.server)))
+        where.add(f"{server} = ?", ip_named("--server", filters.server))
     if filters.backend is not None:
         try:
-            where.add(f"{backend} = ?", str(ipaddress.ip_address(filters.backend)))
+            where.add(f"{backend} = ?", ip_named("--backend", filters.backend))
         except ValueError:
             what = f"{namespace} || '/' || {pod}" if "/" in filters.backend else pod
-            where.add(f"{what} GLOB ?", filters.backend)
+            where.add(f"{what} GLOB ?", _glob(filters.backend))
+
+
+def _glob(pattern: str) -> str:
+    """As DuckDB wants it, which takes a backslash for an escape, and a bracket for an open set."""
+    found = []
+    position = 0
+    while position < len(pattern):
+        one = pattern[position]
+        end = position + 1
+        if one == "[":
+            # As in fnmatch: a bracket that comes first is in the set.
+            first = position + 2 if pattern[position + 1 : position + 2] == "!" else position + 1
+            closing = pattern.find("]", first + 1)
+            end = closing + 1 if closing > 0 else end
+        alone = end == position + 1
+        found.append("\\" + one if alone and one in "\\[" else pattern[position:end])
+        position = end
+    return "".join(found)
