@@ -80,7 +80,7 @@ def outlets(args: argparse.Namespace, node: str) -> Iterator[Outlets]:
 
 def run(args: argparse.Namespace, around: Surroundings, outlets: Outlets) -> None:
     """Until stopped."""
-    memory.share_one_arena()
+    memory.keep_little()
     asked = Keeping(slower_ns=args.slower, share=args.sample, notable_share=1)
     if outlets.recorder is None:  # nobody would read what leaves
         asked = Keeping(slower_ns=args.slower, share=0, notable_share=0)

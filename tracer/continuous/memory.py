@@ -5,14 +5,19 @@ from __future__ import annotations
 
 import ctypes
 
-_M_ARENA_MAX = -8  # malloc.h
+# malloc.h
+_M_MMAP_THRESHOLD = -3
+_M_ARENA_MAX = -8
+_LARGE = 256 << 10
 
 
-def share_one_arena() -> None:
-    """Scrapes come in threads of their own, and each would get an arena that keeps its size."""
+def keep_little() -> None:
+    """Scrapes come in threads of their own, and each would get an arena that keeps its size. What is
+    large goes back at once, rather than leave a hole that small things then settle in."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # of glibc
     if mallopt is not None:
         mallopt(_M_ARENA_MAX, 1)
+        mallopt(_M_MMAP_THRESHOLD, _LARGE)
 
 
 def give_back() -> None:

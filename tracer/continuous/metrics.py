@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from tracer import __version__
-from tracer.continuous import native
+from tracer.continuous import exposition, native
 from tracer.continuous.book import Entry, Histogram
 from tracer.decode.words import printable
 from tracer.record import Stage
@@ -104,6 +104,9 @@ class Figures:
             self._health = health
             self._is_ready = is_ready
             self._alive_s = time.monotonic()
+        if self._render_lock.acquire(blocking=False):  # what nobody will ask for again
+            self._rendered.clear()
+            self._render_lock.release()
 
     def problem(self) -> str | None:
         """Why we are not well; None: we are."""
@@ -125,18 +128,14 @@ class Figures:
                 self._rendered[content_type] = render()
             return self._rendered[content_type]
 
-    def collect(self) -> Iterator[Metric]:
-        """All of it (prometheus_client's interface)."""
-        from prometheus_client.core import HistogramMetricFamily
-
-        counts, histograms, health = self._copy()
-        yield _counts(counts)
-        for name, text, labels, found in histograms:
-            family = HistogramMetricFamily(name, text, labels=labels)
-            for key, histogram in found:
-                family.add_metric(key, _classic(histogram), histogram.sum_ns / 1e9)
-            yield family
-        yield from _own(health)
+    def text(self, encode: Callable[[Any], bytes]) -> bytes:
+        """All of it, as one of prometheus_client's encoders writes text."""
+        counts, families, health = self._copy()
+        page = bytearray(encode(_Collected([_counts(counts), *_own(health)])))
+        for name, text, labels, found in families:
+            times = ((key, _classic(one), one.sum_ns / 1e9) for key, one in found)
+            exposition.add_histograms(page, name, text, labels, times)
+        return bytes(page)
 
     def protobuf(self) -> bytes:
         """The same as protocol buffers, with native histograms."""
@@ -230,6 +229,17 @@ class Figures:
             for status in _STATUSES:
                 self._counts.pop((*key, status), None)
         self._shares += Counter()  # keeps no zeros
+
+
+@dataclass(frozen=True, slots=True)
+class _Collected:
+    """What an encoder asks for."""
+
+    metrics: list[Metric]
+
+    def collect(self) -> list[Metric]:
+        """These."""
+        return self.metrics
 
 
 def _counts(counts: Mapping[tuple[str, ...], int]) -> Metric:

@@ -30,11 +30,7 @@ class Server:
     """Answers scrapes and probes in threads of its own. Raises OSError if it cannot listen."""
 
     def __init__(self, host: str, port: int, figures: Figures) -> None:
-        from prometheus_client import CollectorRegistry
         from prometheus_client.exposition import choose_encoder
-
-        registry = CollectorRegistry(auto_describe=False)
-        registry.register(figures)
 
         def application(environ: dict[str, Any], start: Callable[..., Any]) -> Iterable[bytes]:
             path = environ.get("PATH_INFO", "/")
@@ -50,7 +46,7 @@ class Server:
                 is_open = "application/openmetrics-text" in accept
                 encode, content_type = choose_encoder(_OPENMETRICS if is_open else "")
                 start("200 OK", [("Content-Type", content_type)])
-                return [figures.rendered(content_type, lambda: encode(registry))]
+                return [figures.rendered(content_type, lambda: figures.text(encode))]
             if path == "/healthz":
                 return _answer(start, figures.problem())
             if path == "/readyz":
