@@ -28,7 +28,7 @@ def to_json(report: Report) -> dict[str, Any]:
         "relative_error": ERROR,
         "transactions": report.transactions,
         "by_servers": report.by_servers,
-        "elsewhere": report.elsewhere,
+        "clients_unseen": report.clients_unseen,
         "statuses": report.statuses,
         "latency": _times(report.total),
         "stages": {name: _times(times) for name, times in report.stages.items()},

@@ -87,7 +87,7 @@ class Report:
     stages_counted: bool  # the same of the stages
     transactions: int
     by_servers: int  # more of them, which DNS servers asked and which are in no other figure
-    elsewhere: int  # of the transactions, those whose client's socket was not seen
+    clients_unseen: int  # of the transactions: their client's own socket was not
     statuses: dict[str, int]
     total: Times
     stages: dict[str, Times]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import orjson
 
 from tracer.report.export import to_json
+from tracer.report.words import completeness, notes
 
 if TYPE_CHECKING:
     from tracer.report.figures import Report
@@ -21,7 +22,8 @@ _UNSAFE = re.compile("[<>&\u2028\u2029]")
 
 def render(report: Report) -> str:
     """The page. Whatever names hold stays text: scripts put it in as such."""
-    data = orjson.dumps(to_json(report)).decode()
+    said = {"notes": list(notes(report)), "completeness": list(completeness(report.coverage))}
+    data = orjson.dumps({**to_json(report), **said}).decode()
     data = _UNSAFE.sub(lambda found: f"\\u{ord(found[0]):04x}", data)
     before, _, after = (
         files("tracer.report").joinpath("page.html").read_text("utf-8").partition(_MARK)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from rich.cells import cell_len
 
 from tracer.report.figures import SHARES
+from tracer.report.words import completeness, counted, notes
 from tracer.show.cells import clean, duration, fit, fit_name
 from tracer.stages import ERROR, STAGE_NAMES
 
@@ -91,24 +92,11 @@ def _head(report: Report) -> Iterator[str]:
         for name, count in sorted(report.statuses.items(), key=lambda one: -one[1])
     )
     about = "" if report.counted else "about "
-    yield f"{about}{_count(report.transactions, 'transaction')}" + (
+    yield f"{about}{counted(report.transactions, 'transaction')}" + (
         f": {statuses}" if statuses else ""
     )
-    if report.elsewhere:
-        yield from _note(
-            f"of them, {about}{report.elsewhere:,} from clients that are not on the node that served "
-            "them; where their own nodes are in this report, these are in it twice"
-        )
-    if report.by_servers:
-        yield from _note(
-            f"and {about}{report.by_servers:,} that DNS servers asked themselves, which are in no "
-            "other figure here (--namespace or --pod shows them)"
-        )
-    if not report.counted:
-        yield from _note(
-            "estimated from the transactions that were recorded: the histograms cannot tell "
-            "what these filters ask for"
-        )
+    for note in notes(report):
+        yield from _note(clean(note))
 
 
 def _stages(report: Report) -> Iterator[str]:
@@ -227,48 +215,10 @@ def _slowest(report: Report, for_client: int, for_name: int) -> Iterator[str]:
         yield from _wrap(f"answered by {clean(by)}" + (f": {parts}" if parts else ""), 10)
 
 
-def _count(number: int, what: str) -> str:
-    return f"{number:,} {what}" + ("" if number == 1 else "s")
-
-
 def _coverage(coverage: Coverage) -> Iterator[str]:
     yield "HOW COMPLETE THIS IS"
-    if coverage.transactions:
-        yield from _wrap(
-            f"{_count(coverage.transactions, 'transaction')} counted, of which "
-            f"{coverage.recorded:,} recorded one by one",
-            2,
-        )
-    if coverage.skipped:
-        yield from _wrap(
-            f"{coverage.skipped:,} slow or failed ones were not recorded, to keep to the CPU budget",
-            2,
-        )
-    for kind, number in coverage.lost.items():
-        if kind == "filtered":
-            yield f"  left out by the filters that were in force: {number:,}"
-        else:
-            yield f"  lost: {number:,} ({clean(kind.replace('_', ' '))})"
-    for kind, number in coverage.unmatched.items():
-        if kind == "queries":
-            yield f"  {number:,} still waited for an answer at the end, and in no figure"
-        else:
-            yield f"  unmatched: {number:,} {clean(kind)}"
-    for node, start, end in coverage.gaps:
-        yield from _wrap(
-            f"nothing was recorded on {clean(node)} from {start:%H:%M:%S} to {end:%H:%M:%S}", 2
-        )
-    for problem in coverage.problems:
-        yield from _wrap(f"names may be missing: {clean(problem)}", 2)
-    for file, why in coverage.unreadable:
-        yield from _wrap(f"not read: {clean(file)}: {clean(why)}", 2)
-    if not (
-        coverage.lost.keys() - {"filtered"}
-        or coverage.gaps
-        or coverage.unreadable
-        or coverage.skipped
-    ):
-        yield "  nothing is known to be missing"
+    for line in completeness(coverage):
+        yield from _wrap(clean(line), 2)
 
 
 def _note(text: str) -> list[str]:

@@ -14,6 +14,8 @@ from tracer.filters import COMM_LEN_MAX, duration_ns, ip_named
 if TYPE_CHECKING:
     from tracer.filters import Filters
 
+# A set as in fnmatch, where a bracket that comes first is in it; or what means something to DuckDB alone.
+_SET_OR_SPECIAL = re.compile(r"\[!?+.[^]]*\]|[\\\[]", re.DOTALL)
 _FAILED = "(status <> 'answered' OR coalesce(rcode, 'NOERROR') <> 'NOERROR')"
 
 
@@ -137,17 +139,4 @@ def _questions(
 
 def _glob(pattern: str) -> str:
     """As DuckDB wants it, which takes a backslash for an escape, and a bracket for an open set."""
-    found = []
-    position = 0
-    while position < len(pattern):
-        one = pattern[position]
-        end = position + 1
-        if one == "[":
-            # As in fnmatch: a bracket that comes first is in the set.
-            first = position + 2 if pattern[position + 1 : position + 2] == "!" else position + 1
-            closing = pattern.find("]", first + 1)
-            end = closing + 1 if closing > 0 else end
-        alone = end == position + 1
-        found.append("\\" + one if alone and one in "\\[" else pattern[position:end])
-        position = end
-    return "".join(found)
+    return _SET_OR_SPECIAL.sub(lambda m: m[0] if len(m[0]) > 1 else f"\\{m[0]}", pattern)
