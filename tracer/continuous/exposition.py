@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
 _ESCAPES = str.maketrans({"\\": r"\\", "\n": r"\n", '"': r"\""})
-_EOF = b"# EOF\n"  # how OpenMetrics ends
 
 
 def add_histograms(
@@ -25,9 +24,6 @@ def add_histograms(
     found: Iterable[tuple[Sequence[str], Iterable[tuple[str, float]], float]],
 ) -> None:
     """One family. `found`: values of the labels, (upper bound, how many up to that), and the sum."""
-    end = page.endswith(_EOF)
-    if end:
-        del page[-len(_EOF) :]
     page += f"# HELP {name} {text}\n# TYPE {name} histogram\n".encode()
     for values, buckets, total in found:
         told = ",".join(
@@ -40,5 +36,3 @@ def add_histograms(
             lines.append(f'{name}_bucket{{{told},le="{bound}"}} {count}\n')
         lines.append(f"{name}_count{{{told}}} {count}\n{name}_sum{{{told}}} {total!r}\n")
         page += "".join(lines).encode()
-    if end:
-        page += _EOF

@@ -131,10 +131,11 @@ class Figures:
     def text(self, encode: Callable[[Any], bytes]) -> bytes:
         """All of it, as one of prometheus_client's encoders writes text."""
         counts, families, health = self._copy()
-        page = bytearray(encode(_Collected([_counts(counts), *_own(health)])))
+        page = bytearray()
         for name, text, labels, found in families:
             times = ((key, _classic(one), one.sum_ns / 1e9) for key, one in found)
             exposition.add_histograms(page, name, text, labels, times)
+        page += encode(_Collected([_counts(counts), *_own(health)]))  # which knows how a page ends
         return bytes(page)
 
     def protobuf(self) -> bytes:
