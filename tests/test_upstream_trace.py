@@ -175,20 +175,28 @@ def test_only_what_has_one_possible_reason_is_told_as_because_of_it(
         outside = [e.id for e in log_entries(lab, "upstream", asked_name.rstrip("."))]
         assert len(spans) == len(clients) + len(outside)
         for number in outside:
-            reasons = [t for t in clients if is_within(spans[number], spans[t["id"]])]
-            nearly = [t for t in clients if is_within(spans[number], spans[t["id"]], NEARLY_S)]
+            # Sockets have a query later than the device, and give an answer earlier: they agree
+            # with fewer reasons than the capture does, never with others.
+            possible = [t for t in clients if is_within(spans[number], spans[t["id"]], CLOCK_S)]
+            certain = [t for t in clients if is_within(spans[number], spans[t["id"]], -BUSY_S)]
             by = [t for t in clients if number in [query["id"] for query in t["upstream"]]]
-            if len(reasons) == len(nearly):
-                assert by == (reasons if len(reasons) == 1 else [])
-                checked["sure" if by else "unsure"] += 1
-    assert checked["sure"] >= 4
-    assert checked.total() >= 8
+            if len(possible) == 1:
+                assert by == possible
+                checked["sure"] += 1
+            else:
+                assert len(by) <= 1
+                assert all(t in possible for t in by)
+                assert all(t in by for t in certain) or not by
+                checked["one of several" if by else "unsure"] += 1
+    assert checked["sure"] >= 6  # who asked alone
+    assert checked.total() == 24
 
 
-NEARLY_S = 0.0005  # a capture is made at the device, and what counts is when a socket has it
+CLOCK_S = 0.0001  # what times of one packet differ by
+BUSY_S = 0.05  # how long a server on a busy machine may leave a query in its socket
 
 
-def is_within(inner: Exchange, outer: Exchange, tolerance_s: float = 0.0) -> bool:
+def is_within(inner: Exchange, outer: Exchange, tolerance_s: float) -> bool:
     """Whether one question was asked and answered while the other one waited."""
     assert inner.latency_s is not None
     assert outer.latency_s is not None
