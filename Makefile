@@ -59,7 +59,7 @@ install: ## install dnstrace for all users, in /opt/dnstrace (as root)
 	tools/setup install
 
 uninstall: ## remove what `make install` put there (as root)
-	rm -rf /opt/dnstrace
+	rm -rf /opt/dnstrace /var/cache/dnstrace
 	if [ "$$(readlink /usr/local/bin/dnstrace)" = /opt/dnstrace/bin/dnstrace ]; then \
 		rm /usr/local/bin/dnstrace; \
 	fi

@@ -19,10 +19,10 @@ import numpy as np
 
 from tests.packets import ethernet
 from tracer.assemble import ip_text
-from tracer.kernel import bpf, programs
+from tracer.kernel import bpf, host, programs
 from tracer.kernel.compile import Compilation
 from tracer.kernel.ring import Ring
-from tracer.kernel.session import KEEP_ALL, Selection, Session, raise_limits
+from tracer.kernel.session import KEEP_ALL, Selection, Session
 from tracer.kernel.table import Table
 from tracer.record import (
     BUCKET_KEY,
@@ -288,7 +288,7 @@ class Programs:
 
 @functools.cache
 def _built(series: int) -> Programs:
-    raise_limits()
+    host.raise_limits()
     sizes = {
         "SLOTS": SLOTS,
         "SMALL_PAGES": SMALL_PAGES,

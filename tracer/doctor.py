@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from tracer import streams, who_is_who
 from tracer.finding import Finding, State
-from tracer.kernel import host, kprobes, netns
+from tracer.kernel import compiled, host, kprobes, netns
 from tracer.kernel.btf import VMLINUX, Btf, BtfError
 from tracer.kernel.compile import Compilation, CompileError
 from tracer.kernel.limits import Limits
@@ -118,9 +118,9 @@ def examine() -> Iterator[Finding]:
         return
     compilation = Compilation(Limits().macros(), kprobes=kprobes.available())
     try:
-        compiled = _compiler(compilation)
-        yield compiled
-        if compiled.state != "MISSING":
+        compiler = _compiler(compilation)
+        yield compiler
+        if compiler.state != "MISSING":
             yield from _tracing(compilation)
     finally:
         compilation.abandon()
@@ -202,7 +202,7 @@ def _cgroup() -> Finding:
 def _compiler(compilation: Compilation) -> Finding:
     started = time.monotonic()
     try:
-        compilation.result()
+        was_kept = compilation.result().was_kept
     except CompileError as error:
         fix = "apt-get install python3-bpfcc" if "import bcc" in str(error) else None
         return Finding("compiler (BCC)", "MISSING", str(error), fix)
@@ -211,7 +211,11 @@ def _compiler(compilation: Compilation) -> Finding:
     except importlib.metadata.PackageNotFoundError:
         version = ""
     seconds = time.monotonic() - started
-    return Finding("compiler (BCC)", "ok", f"{version}programs compile in {seconds:.1f} s")
+    if was_kept:
+        how = f"programs were compiled by an earlier start, and are kept in {compiled.DIRECTORY}"
+    else:
+        how = f"programs compile in {seconds:.1f} s"
+    return Finding("compiler (BCC)", "ok", f"{version}{how}")
 
 
 def _tracing(compilation: Compilation) -> Iterator[Finding]:

@@ -13,7 +13,7 @@ import os
 import platform
 import struct
 from enum import IntEnum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -26,6 +26,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 class Command(IntEnum):
     """enum bpf_cmd."""
 
+    MAP_CREATE = 0
     MAP_LOOKUP_ELEM = 1
     MAP_UPDATE_ELEM = 2
     MAP_DELETE_ELEM = 3
@@ -84,6 +85,32 @@ def _address(data: bytes) -> tuple[ctypes.Array[ctypes.c_char], int]:
     """A buffer holding `data`, which must be kept alive, and its address."""
     buffer = ctypes.create_string_buffer(data, len(data))
     return buffer, ctypes.addressof(buffer)
+
+
+class MapShape(NamedTuple):
+    """What a map is; `type_` is of enum bpf_map_type. Sizes in bytes."""
+
+    type_: int
+    key_size: int
+    value_size: int
+    entries_max: int
+    flags: int
+    name: str
+
+
+def map_create(shape: MapShape) -> int:
+    """An empty map's descriptor."""
+    name = shape.name.encode()[: _NAME_LEN - 1]
+    attr = struct.pack("=IIIIIII16s", *shape[:5], 0, 0, name)
+    return _bpf(Command.MAP_CREATE, attr, f"making BPF map {shape.name}")[0]
+
+
+def map_shape(fd: int) -> MapShape:
+    """What a map is (struct bpf_map_info)."""
+    info = _info(fd, "map info")
+    type_, _, key_size, value_size, entries_max, flags = struct.unpack_from("=6I", info)
+    name = info[24 : 24 + _NAME_LEN].rstrip(b"\0").decode()
+    return MapShape(type_, key_size, value_size, entries_max, flags, name)
 
 
 def map_lookup(fd: int, key: bytes, value_size: int) -> bytes | None:
@@ -256,11 +283,13 @@ def test_run(program_fd: int, packet: bytes, repeat: int = 1) -> tuple[int, int]
 
 def program_stats(fd: int) -> tuple[int, int]:
     """(total run time in ns, runs) of a program; counted while kernel.bpf_stats_enabled is 1."""
-    info = ctypes.create_string_buffer(256)
-    _bpf(
-        Command.OBJ_GET_INFO_BY_FD,
-        struct.pack("=IIQ", fd, len(info), ctypes.addressof(info)),
-        "program info",
-    )
-    run_time_ns, runs = struct.unpack_from("=QQ", info.raw, 192)
+    run_time_ns, runs = struct.unpack_from("=QQ", _info(fd, "program info"), 192)
     return run_time_ns, runs
+
+
+def _info(fd: int, what: str) -> bytes:
+    """What the kernel tells of a program or map, zeros after it."""
+    info = ctypes.create_string_buffer(256)
+    attr = struct.pack("=IIQ", fd, len(info), ctypes.addressof(info))
+    _bpf(Command.OBJ_GET_INFO_BY_FD, attr, what)
+    return info.raw

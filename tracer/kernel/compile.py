@@ -4,7 +4,8 @@ LLVM takes more memory than all the rest of the tracer, and gives none of it bac
 child compiles, creates the maps, and hands over the instructions and the maps' descriptors.
 
 BCC wants a kernel source tree for a handful of definitions; it gets bpf/kernel/, which has just
-these. Everything about the kernel's own structs comes from its BTF (see offsets.py).
+these. Everything about the kernel's own structs comes from its BTF (see offsets.py). What was
+compiled before is not compiled again (see compiled.py).
 """
 
 from __future__ import annotations
@@ -22,12 +23,13 @@ from dataclasses import dataclass, field
 from importlib.resources import files
 from typing import TYPE_CHECKING
 
+from tracer.kernel import bpf, compiled, host
 from tracer.kernel.bpf import SYSCALL_NUMBERS
 from tracer.kernel.btf import VMLINUX, Btf, BtfError
 from tracer.kernel.offsets import UnknownMachine, kernel_offsets
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Collection, Iterable, Mapping
     from pathlib import Path
 
 _BPF_PSEUDO_MAP_FD = 1
@@ -99,6 +101,7 @@ class Object:
     instructions: Mapping[str, bytes]
     map_fds: Mapping[str, int]
     drop_reasons: Mapping[int, str]  # enum skb_drop_reason of this kernel; empty before 5.17
+    was_kept: bool  # from an earlier start
 
     def linked(self, program: str, constants: Mapping[int, int] | None = None) -> bytes:
         """A program ready to load, with each 64-bit constant in `constants` replaced."""
@@ -186,8 +189,9 @@ class Compilation:
         answer = pickle.loads(payload)  # noqa: S301 - our own child wrote it
         if isinstance(answer, str):
             raise CompileError(answer)
-        instructions, drop_reasons = answer
-        self._result = Object(instructions, dict(zip(MAPS, fds, strict=True)), drop_reasons)
+        instructions, drop_reasons, was_kept = answer
+        map_fds = dict(zip(MAPS, fds, strict=True))
+        self._result = Object(instructions, map_fds, drop_reasons, was_kept)
         return self._result
 
 
@@ -200,7 +204,7 @@ def _compile_in_child(
     kprobes: bool,
 ) -> None:
     """Never returns. LLVM writes its complaints to stderr, which are sent along."""
-    answer: str | tuple[dict[str, bytes], dict[int, str]]
+    answer: str | tuple[Mapping[str, bytes], dict[int, str], bool]
     fds: list[int] = []
     with tempfile.TemporaryFile() as complaints:
         os.dup2(complaints.fileno(), 1)
@@ -211,9 +215,10 @@ def _compile_in_child(
             flags = _prepare_environment(target.machine)
             offsets = kernel_offsets(btf, kprobes=kprobes, machine=target.machine)
             macros = {**offsets, **sizes, **_kernel_macros()}
-            instructions, fds = _compile(source_text() + more, macros, flags)
+            found, fds, was_kept = _compiled(source_text() + more, macros, flags, target.machine)
             reasons = btf.enumerators("skb_drop_reason").items()
-            answer = (instructions, {n: r.removeprefix("SKB_DROP_REASON_") for n, r in reasons})
+            names = {n: r.removeprefix("SKB_DROP_REASON_") for n, r in reasons}
+            answer = (found, names, was_kept)
         except UnknownMachine as error:
             answer = str(error)
         except BtfError as error:
@@ -221,6 +226,8 @@ def _compile_in_child(
                 f"{error}; dnstrace needs a kernel built with CONFIG_DEBUG_INFO_BTF "
                 "(stock kernels of Debian 11, Ubuntu 20.10, RHEL 8.2 and later have it)"
             )
+        except bpf.BpfError as error:
+            answer = f"the kernel refuses {error.strerror}"
         except ImportError:
             answer = "Python cannot import bcc: install it with 'apt-get install python3-bpfcc'"
         except Exception as error:  # noqa: BLE001 - whatever it is, the parent must hear of it
@@ -251,14 +258,30 @@ def _prepare_environment(machine: str) -> list[str]:
     return ["-fcf-protection=none"]  # BCC for x86 asks for it, whatever the target
 
 
+def _compiled(
+    text: str, macros: Mapping[str, int], flags: Iterable[str], machine: str
+) -> tuple[Mapping[str, bytes], list[int], bool]:
+    """Programs, maps in the order of MAPS, and whether an earlier start had compiled them."""
+    # Without debugging information (-g0) it takes a fifth less.
+    arguments = ["-Wno-unknown-warning-option", "-g0", *flags]
+    arguments += [f"-D{name}={value}" for name, value in macros.items()]
+    name = compiled.name_of(text, arguments, machine)
+    kept = compiled.find(name)
+    if kept is not None:
+        host.raise_limits()
+        return kept.instructions, [bpf.map_create(shape) for shape in kept.maps], True
+    code, fds = _compile(text, arguments, macros)
+    compiled.keep(name, compiled.Compiled(code, tuple(map(bpf.map_shape, fds))))
+    return code, fds, False
+
+
 def _compile(
-    text: str, macros: Mapping[str, int], flags: Iterable[str]
+    text: str, arguments: list[str], macros: Collection[str]
 ) -> tuple[dict[str, bytes], list[int]]:
     from bcc import BPF
     from bcc.libbcc import lib
 
-    defined = [f"-D{name}={value}" for name, value in macros.items()]
-    module = BPF(text=text.encode(), cflags=["-Wno-unknown-warning-option", *flags, *defined])
+    module = BPF(text=text.encode(), cflags=arguments)
     fds = [lib.bpf_table_fd(module.module, name.encode()) for name in MAPS]
     numbers = {fd: number for number, fd in enumerate(fds)}
     instructions = {

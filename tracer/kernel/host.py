@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import os
+import resource
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -98,3 +100,14 @@ def _namespace(kind: str, pid: int | None = None) -> int | None:
         return os.stat(f"/proc/{pid or 'self'}/ns/{kind}").st_ino
     except OSError:
         return None
+
+
+def raise_limits() -> None:
+    """Room for a descriptor per link, and before 5.11 (d5299b67dd59) for locked memory."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    unlimited = resource.RLIM_INFINITY
+    # Refused without CAP_SYS_RESOURCE; what then lacks says so itself.
+    with suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    with suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_MEMLOCK, (unlimited, unlimited))

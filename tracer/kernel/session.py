@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import os
-import resource
 import struct
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -135,7 +134,7 @@ class Session:
                 "kernel lockdown is 'confidentiality', so programs may not read kernel memory: "
                 "boot with lockdown=integrity, or without"
             )
-        raise_limits()
+        host.raise_limits()
         obstacle = kprobes.obstacle()
         if hooks == "kprobe" and obstacle:
             raise Unsupported(f"{obstacle}; leave --hooks out, or use --hooks tracepoint")
@@ -385,17 +384,6 @@ class Session:
     def _forget_namespace(self, inode: int) -> None:
         for key in [key for key in self._device_programs if key[0] == inode]:
             programs.close_all(self._device_programs.pop(key).values())
-
-
-def raise_limits() -> None:
-    """Room for a descriptor per link, and before 5.11 (d5299b67dd59) for locked memory."""
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    unlimited = resource.RLIM_INFINITY
-    # Refused without CAP_SYS_RESOURCE; what then lacks says so itself.
-    with suppress(ValueError, OSError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    with suppress(ValueError, OSError):
-        resource.setrlimit(resource.RLIMIT_MEMLOCK, (unlimited, unlimited))
 
 
 class _NoCgroup(Exception):
