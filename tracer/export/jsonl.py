@@ -172,7 +172,8 @@ def _response(response: Response) -> dict[str, Any]:
     size = 0
     for name, value in fields.items():
         if value:
-            encoded = orjson.dumps(value)
+            # What orjson returns has room for 4 KiB at least, and is to be kept.
+            encoded = bytes(memoryview(orjson.dumps(value)))
             size += len(encoded)
             fields[name] = orjson.Fragment(encoded)
     if size <= _RESPONSE_LEN_MAX:
