@@ -287,7 +287,7 @@ class _Hops:
         return int(self._slots["drop_location"][row])
 
 
-@functools.lru_cache(maxsize=65536)
+@functools.lru_cache(maxsize=8192)
 def ip_text(address: bytes) -> str:
     """16 bytes in presentation format; IPv4 where it is mapped into IPv6."""
     if address.startswith(_MAPPED_IPV4):
