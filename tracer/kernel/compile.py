@@ -21,6 +21,7 @@ import struct
 import tempfile
 from dataclasses import dataclass, field
 from importlib.resources import files
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tracer.kernel import bpf, compiled, host
@@ -30,7 +31,6 @@ from tracer.kernel.offsets import UnknownMachine, kernel_offsets
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping
-    from pathlib import Path
 
 _BPF_PSEUDO_MAP_FD = 1
 _LD_IMM64 = 0x18
@@ -265,7 +265,7 @@ def _compiled(
     # Without debugging information (-g0) it takes a fifth less.
     arguments = ["-Wno-unknown-warning-option", "-g0", *flags]
     arguments += [f"-D{name}={value}" for name, value in macros.items()]
-    name = compiled.name_of(text, arguments, machine)
+    name = compiled.name_of([text, *_headers()], arguments, machine)
     kept = compiled.find(name)
     if kept is not None:
         host.raise_limits()
@@ -273,6 +273,12 @@ def _compiled(
     code, fds = _compile(text, arguments, macros)
     compiled.keep(name, compiled.Compiled(code, tuple(map(bpf.map_shape, fds))))
     return code, fds, False
+
+
+def _headers() -> list[str]:
+    """What the text includes besides: the definitions that stand for a kernel source tree."""
+    tree = Path(str(files("tracer") / "bpf" / "kernel"))
+    return [path.read_text() for path in sorted(tree.rglob("*")) if path.is_file()]
 
 
 def _compile(

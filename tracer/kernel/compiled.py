@@ -34,8 +34,8 @@ class Compiled(NamedTuple):
     maps: tuple[MapShape, ...]
 
 
-def name_of(text: str, arguments: Iterable[str], machine: str) -> str:
-    """The file for what clang makes of `text`, told `arguments`. Raises ImportError without BCC."""
+def name_of(texts: Iterable[str], arguments: Iterable[str], machine: str) -> str:
+    """The file for what clang makes of `texts`, told `arguments`. Raises ImportError without BCC."""
     found = importlib.util.find_spec("bcc")
     if found is None or found.origin is None:
         raise ImportError("bcc")
@@ -43,7 +43,7 @@ def name_of(text: str, arguments: Iterable[str], machine: str) -> str:
     installed = [found.origin]
     with suppress(OSError):
         installed += [version.read_text(), str(version.stat().st_mtime_ns)]
-    said = "\0".join([text, *arguments, machine, *installed])
+    said = "\0".join([*texts, *arguments, machine, *installed])
     return f"{hashlib.sha256(said.encode()).hexdigest()}.json"
 
 
