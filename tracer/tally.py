@@ -16,6 +16,7 @@ import numpy as np
 
 from tracer.decode.words import COUNTED_TYPES
 from tracer.kernel.aggregates import OVERFLOW_IDS, Counted, overflow_key
+from tracer.kernel.limits import CONTINUOUS
 from tracer.record import (
     BUCKET_KEY,
     SERIES,
@@ -34,9 +35,10 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-SERIES_MAX = 4096
+# As many as the kernel has room for (bpf/maps.h).
+SERIES_MAX = CONTINUOUS.series
 SERIES_PER_CLIENT = SERIES_MAX // 8
-BUCKETS_MAX = 65_536  # of all series together
+BUCKETS_MAX = CONTINUOUS.buckets  # of all series together
 
 _NO_RCODE = 255
 
