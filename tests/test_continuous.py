@@ -276,6 +276,21 @@ def test_hostile_names_pass_through(lab: Lab, tmp_path: Path) -> None:
     assert all(name.isprintable() and name.isascii() for (name,) in names)
 
 
+def test_top_names_are_those_that_were_asked_for_most(lab: Lab, tmp_path: Path) -> None:
+    """One of four transactions leaves the kernel; nothing is recorded, and servers' queries are not in it."""
+    questions = "often.example.com A\n" * 6 + "Seldom.example.com A\n" * 2 + "once.example.com A\n"
+    top = ("--metrics-names", "2", "--sample", "1/4", "--cpu-budget", "100%")
+    with running("--pods", str(lab.pods_file), "-n", "sre", *top) as run:
+        sent, _ = dnsperf(lab, tmp_path, questions, "-l", "3", "-Q", "3000", "-c", "20")
+        run.wait_for(sent)
+        found = run.scrape()["dnstrace_top_name_transactions_total"]
+        run.stop()
+    names = {k["name"]: n for k, n in found}
+    assert names.keys() == {"often.example.com.", "seldom.example.com."}
+    assert names["often.example.com."] == pytest.approx(sent * 6 / 9, rel=0.1)
+    assert names["seldom.example.com."] == pytest.approx(sent * 2 / 9, rel=0.15)
+
+
 def test_kernel_tables_are_small_and_so_are_we(lab: Lab, tmp_path: Path) -> None:
     with running("--pods", str(lab.pods_file)) as run:
         dnsperf(lab, tmp_path, MIXTURE, "-l", "2", "-Q", "2000", "-c", "20")

@@ -230,6 +230,19 @@ def test_hostile_names_come_out_harmless(text: str) -> None:
     assert len(lines) == 1
 
 
+def test_names_that_are_asked_for_most_are_told_and_harmless() -> None:
+    made = figures((WEB, entry(1000)))
+    with served(made) as port:
+        assert "top_name" not in get(port)[1]
+        made.add([], {**dict.fromkeys(HOSTILE, 7), "www.example.com.": 9})
+        text = get(port)[1]
+    found = {k["name"]: n for k, n in samples(text, "dnstrace_top_name_transactions_total")}
+    assert found["www.example.com."] == 9
+    assert len(found) == len(HOSTILE) + 1
+    assert all(name.isascii() and name.isprintable() for name in found)
+    assert promtool("check", "metrics", text=text).returncode == 0
+
+
 def test_health_and_readiness() -> None:
     made = figures(ready=False)
     with served(made) as port:

@@ -42,6 +42,7 @@ _COUNTED = (
     " (a filter of single transactions; here the kernel counts them by pod, server, backend, type "
     "and rcode)"
 )
+_NAMES_MAX = 1000  # as labels of metrics
 _TIMEOUT_MAX_NS = 60 * 10**9
 
 
@@ -109,6 +110,9 @@ def _continuous() -> argparse.ArgumentParser:
     where.add_argument("--metrics", type=_endpoint, default=("127.0.0.1", 9353),
                        metavar="ADDR:PORT",
                        help="serves /metrics, /healthz and /readyz (default 127.0.0.1:9353)")  # fmt: skip
+    where.add_argument("--metrics-names", type=_few, default=0, metavar="K",
+                       help="adds the K names that are asked for most, estimated from what leaves "
+                       "the kernel: names of strangers then become labels (default 0)")  # fmt: skip
     where.add_argument("--record", type=Path, metavar="DIR",
                        help="writes Parquet files there, for 'dnstrace report' and others")  # fmt: skip
     where.add_argument("--rotate", type=_time, default=300 * 10**9, metavar="TIME",
@@ -318,6 +322,12 @@ def _share(text: str) -> int:
     if one != "1":
         raise argparse.ArgumentTypeError(f"{text!r} is not a share; write 1/100, 1/1 or 0")
     return _positive(number)
+
+
+def _few(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text[:9]) > _NAMES_MAX:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to {_NAMES_MAX}")
+    return int(text)
 
 
 def _percentage(text: str) -> float:

@@ -12,6 +12,7 @@ from tracer.continuous.budget import Budget
 from tracer.continuous.log import log
 from tracer.continuous.loop import Continuous, cpu_s
 from tracer.continuous.metrics import STALE_S, Figures
+from tracer.continuous.names import TopNames
 from tracer.continuous.recorder import Recorder, RecorderError
 from tracer.continuous.server import Server
 from tracer.kernel.session import Keeping
@@ -82,10 +83,11 @@ def run(args: argparse.Namespace, around: Surroundings, outlets: Outlets) -> Non
     """Until stopped."""
     memory.keep_little()
     asked = Keeping(slower_ns=args.slower, share=args.sample, notable_share=1)
-    if outlets.recorder is None:  # nobody would read what leaves
+    if outlets.recorder is None and not args.metrics_names:  # nobody would read what leaves
         asked = Keeping(slower_ns=args.slower, share=0, notable_share=0)
     budget = Budget(args.cpu_budget, asked, cpu_s)
     loop = _loop(args, around, outlets.figures, outlets.recorder, budget)
+    loop.top_names = TopNames(args.metrics_names)
     loop.interval_s = args.interval / 1e9
     at = _netloc(args.metrics[0], outlets.server.port) if outlets.server else None
     log(

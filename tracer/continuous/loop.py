@@ -27,6 +27,7 @@ from tracer.continuous import memory
 from tracer.continuous.book import Book, Entry, statuses
 from tracer.continuous.log import log
 from tracer.continuous.metrics import Health
+from tracer.continuous.names import TopNames
 from tracer.continuous.rows import histogram_rows, transaction_row, why_kept
 from tracer.kernel.aggregates import Aggregates
 from tracer.kernel.limits import CONTINUOUS
@@ -83,6 +84,7 @@ class Continuous:
     is_wanted: Callable[[Labels], bool]
     keep: Callable[[Transaction], bool]
     source: Source  # of names
+    top_names: TopNames = field(default_factory=lambda: TopNames(0))
     totals: Totals = field(default_factory=Totals)
     counted: Counter[str] = field(default_factory=Counter)  # transactions, by status
     _assembler: Assembler = field(init=False)
@@ -234,39 +236,40 @@ class Continuous:
         notable = int(self._notable(slots_of(records)).sum())
         self._notable_left += notable
         self._ordinary_left += len(records) - notable
-        if self.recorder is not None:
-            self._write(self.recorder, self._late.hold(records))
+        if self.recorder is not None or self.top_names.most:
+            self._write(self._late.hold(records))
 
     def _name_late(self, now_ns: int, *, at_once: bool = False) -> None:
-        if self.recorder is not None:
-            for records in self._late.due(now_ns, at_once=at_once):
-                self._write(self.recorder, records)
+        for records in self._late.due(now_ns, at_once=at_once):
+            self._write(records)
 
-    def _write(self, recorder: Recorder, records: NDArray[np.void]) -> None:
+    def _write(self, records: NDArray[np.void]) -> None:
+        """To recordings, and to the names that are asked for most."""
         if not len(records):
             return
         slots = slots_of(records)
         slower_ns = self.budget.keeping.slower_ns
-        rows = [
-            transaction_row(
-                t,
-                why_kept(t, slower_ns),
-                weight,
-                times,
-                client_seen=bool(netns),
-                by_server=bool(by_server),
-            )
-            for t, weight, times, netns, by_server in zip(
-                self._assembler.assemble(records),
-                slots["weight"].tolist(),
-                stage_times(slots).tolist(),
-                slots["netns"].tolist(),
-                slots["by_server"].tolist(),
-                strict=True,
-            )
-            if self.keep(t)
-        ]
-        recorder.write("transactions", rows)
+        rows = []
+        for t, weight, times, netns, by_server in zip(
+            self._assembler.assemble(records),
+            slots["weight"].tolist(),
+            stage_times(slots).tolist(),
+            slots["netns"].tolist(),
+            slots["by_server"].tolist(),
+            strict=True,
+        ):
+            if not self.keep(t):
+                continue
+            if self.top_names.most and t.name and not by_server:
+                self.top_names.add(t.name, weight)
+            if self.recorder is not None:
+                kept = why_kept(t, slower_ns)
+                row = transaction_row(
+                    t, kept, weight, times, client_seen=bool(netns), by_server=bool(by_server)
+                )
+                rows.append(row)
+        if self.recorder is not None:
+            self.recorder.write("transactions", rows)
 
     def _reading(self, *, last: bool = False) -> None:
         """What was counted since the last reading, to figures and recordings."""
@@ -283,7 +286,7 @@ class Continuous:
             for labels, entry in book.take(source, last=last):
                 if self.is_wanted(labels):
                     found.setdefault(labels, Entry()).add(entry)
-        self.figures.add(found.items())
+        self.figures.add(found.items(), self.top_names.turn())
         by_status = statuses(found.items())
         self.counted.update(by_status)
         self.totals.transactions = self.counted.total()

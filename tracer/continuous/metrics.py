@@ -2,7 +2,7 @@
 """What is counted, as Prometheus metrics; and whether we are alive and ready.
 
 Labels are bounded: who is beyond the largest LATENCIES_MAX is counted as "(other)"; names that
-were asked for are no labels at all.
+were asked for are no labels, unless somebody wants those that are asked for most.
 """
 
 from __future__ import annotations
@@ -75,6 +75,7 @@ class Figures:
         self._latencies: dict[tuple[str, ...], Histogram] = {}
         self._ways: dict[tuple[str, ...], dict[Stage, Histogram]] = {}
         self._last_s: dict[tuple[str, ...], float] = {}  # when each was last added to
+        self._names: Mapping[str, int] = {}
         self._has_made_room: set[int] = set()  # where looking again would find no more
         # How many of each there are, by client: (kind, namespace, pod).
         self._shares: Counter[tuple[Any, ...]] = Counter()
@@ -86,10 +87,13 @@ class Figures:
         self._rendered: dict[str, bytes] = {}  # by content type, of one version
         self._rendered_version = 0
 
-    def add(self, entries: Iterable[tuple[Labels, Entry]]) -> None:
-        """What has come in an interval."""
+    def add(
+        self, entries: Iterable[tuple[Labels, Entry]], names: Mapping[str, int] | None = None
+    ) -> None:
+        """What has come in an interval; and how often each of the top names was asked for by now."""
         with self._lock:
             self._version += 1
+            self._names = names or {}
             self._has_made_room.clear()
             for labels, entry in entries:
                 if labels.of_stages:
@@ -130,26 +134,26 @@ class Figures:
 
     def text(self, encode: Callable[[Any], bytes]) -> bytes:
         """All of it, as one of prometheus_client's encoders writes text."""
-        counts, families, health = self._copy()
+        families, others = self._copy()
         page = bytearray()
         for name, text, labels, found in families:
             times = ((key, _classic(one), one.sum_ns / 1e9) for key, one in found)
             exposition.add_histograms(page, name, text, labels, times)
-        page += encode(_Collected([_counts(counts), *_own(health)]))  # which knows how a page ends
+        page += encode(_Collected(others))  # which knows how a page ends
         return bytes(page)
 
     def protobuf(self) -> bytes:
         """The same as protocol buffers, with native histograms."""
-        counts, histograms, health = self._copy()
-        parts = [native.simple(_counts(counts))]
-        for name, text, labels, found in histograms:
+        families, others = self._copy()
+        parts = []
+        for name, text, labels, found in families:
             with_classic = ((key, one, _classic(one)) for key, one in found)
             parts.append(native.histograms(name, text, labels, with_classic))
-        parts += map(native.simple, _own(health))
+        parts += map(native.simple, others)
         return b"".join(parts)
 
-    def _copy(self) -> tuple[dict[tuple[str, ...], int], list[_Family], Health]:
-        """As it is now, so that no scrape holds up the tracing thread for long."""
+    def _copy(self) -> tuple[list[_Family], list[Metric]]:
+        """Histograms, and all else. As it is now, so that no scrape holds up the tracing thread for long."""
         with self._lock:
             latencies = [(key, one.copy()) for key, one in self._latencies.items()]
             stages = [
@@ -157,7 +161,7 @@ class Figures:
                 for key, times in self._ways.items()
                 for stage, one in times.items()
             ]
-            counts, health = dict(self._counts), self._health
+            counts, names, health = dict(self._counts), self._names, self._health
         families = [
             (
                 "dnstrace_latency_seconds",
@@ -172,7 +176,8 @@ class Figures:
                 stages,
             ),
         ]
-        return counts, families, health
+        others = [_counts(counts), *_own(health)]
+        return families, [*others, _names(names)] if names else others
 
     def _add_transactions(self, labels: Labels, entry: Entry) -> None:
         key: tuple[str, ...] = (
@@ -251,6 +256,22 @@ def _counts(counts: Mapping[tuple[str, ...], int]) -> Metric:
     )
     for key, number in counts.items():
         family.add_metric(key, number)
+    return family
+
+
+def _names(names: Mapping[str, int]) -> Metric:
+    from prometheus_client.core import CounterMetricFamily
+
+    family = CounterMetricFamily(
+        "dnstrace_top_name_transactions",
+        "DNS transactions of the names that are asked for most, estimated.",
+        labels=("name",),
+    )
+    found: Counter[str] = Counter()
+    for name, number in names.items():
+        found[_text(name)] += number
+    for name, number in found.items():
+        family.add_metric((name,), number)
     return family
 
 

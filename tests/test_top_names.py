@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The names that are asked for most, against a count of all that was asked."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+
+from tracer.continuous import names
+from tracer.continuous.names import TopNames
+
+
+def test_the_most_asked_are_told_however_many_names_there_are() -> None:
+    """By Zipf's law, among as many names that are asked for once."""
+    dice = random.Random(7)  # noqa: S311 - for a test
+    top = TopNames(10)
+    asked = Counter[str]()
+    told = dict[str, int]()
+    for interval in range(50):
+        drawn = dice.choices(range(1, 2001), [1 / n for n in range(1, 2001)], k=2000)
+        for number in drawn:
+            name = f"n{number}.example."
+            top.add(name if number % 2 else name.upper(), 3)
+            top.add(f"once-{interval}-{dice.random()}.example.", 3)
+            asked[name] += 3
+        told = dict(top.turn())
+    assert set(told) == {f"n{n}.example." for n in range(1, 11)}
+    assert all(0.9 * asked[name] <= count <= asked[name] for name, count in told.items())
+
+
+def test_what_is_asked_no_more_gives_way() -> None:
+    top = TopNames(1)
+    top.add("old.example.", 1000)
+    assert top.turn() == {"old.example.": 1000}
+    for _ in range(200):
+        top.add("new.example.", 30)
+        told = top.turn()
+    assert told == {"new.example.": 6000}
+
+
+def test_totals_never_fall_while_a_name_is_told() -> None:
+    dice = random.Random(3)  # noqa: S311 - for a test
+    top = TopNames(5)
+    before = dict[str, int]()
+    for _ in range(200):
+        for _ in range(50):
+            top.add(f"n{dice.randrange(20)}.example.", 1)
+        told = dict(top.turn())
+        assert len(told) <= 5
+        assert all(told[name] >= before[name] for name in told.keys() & before)
+        before = told
+
+
+def test_room_is_bounded() -> None:
+    top = TopNames(3)
+    for interval in range(3):
+        for number in range(3 * names._FRESH_MAX):
+            top.add(f"{interval}-{number}.example.", 1)
+        assert len(top._fresh) == names._FRESH_MAX
+        top.turn()
+        assert len(top._lately) == len(top._totals) == 3 * names._CANDIDATES
