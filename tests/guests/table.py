@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     import xml.etree.ElementTree as ET
     from collections.abc import Iterator, Mapping, Sequence
 
-BEGIN, END = "<!-- made by make test-kernels -->", "<!-- end -->"
+BEGIN, END = "<!-- made by python -m tests.guests.matrix --readme -->", "<!-- end -->"
 PASSED, FAILED, LACKING, ABSENT = "yes", "NO", "-", ""
 _NOT_OFFERED = "not offered by this kernel: "
 # Rows that are one test, or a whole module of them.
