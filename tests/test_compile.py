@@ -4,6 +4,8 @@
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -11,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tracer.kernel import bpf, compiled
+from tracer.kernel import compile as compile_
 from tracer.kernel.bpf import MapShape
 from tracer.kernel.compile import MAPS, Compilation, CompileError, Object, Target
 from tracer.kernel.limits import Limits
@@ -26,15 +29,8 @@ _Static_assert(LINUX_VERSION_CODE >> 16 == {os.uname().release.split(".")[0]}, "
 def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where what is compiled is kept."""
     directory = tmp_path / "kept"
-    monkeypatch.setattr(compiled, "DIRECTORY", directory)
+    monkeypatch.setenv(compiled.ELSEWHERE, str(directory))
     return directory
-
-
-def shapes(built: Object) -> list[MapShape]:
-    """What the kernel says of the maps, in the order of MAPS; then they are closed."""
-    found = [bpf.map_shape(built.map_fds[name]) for name in MAPS]
-    built.close()
-    return found
 
 
 @pytest.mark.usefixtures("root")
@@ -95,63 +91,184 @@ def test_unknown_machine_is_an_error_that_names_it() -> None:
         Compilation(SIZES, kprobes=True, target=riscv).result()
 
 
+def built(sizes: dict[str, int] = SIZES, *, afresh: bool = False) -> Object:
+    """Its maps are closed."""
+    made = Compilation(sizes, kprobes=False, afresh=afresh).result()
+    made.close()
+    return made
+
+
 @pytest.mark.usefixtures("root")
-def test_what_was_compiled_is_not_compiled_again(kept: Path) -> None:
+def test_what_was_compiled_is_not_compiled_again(
+    kept: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first = Compilation(SIZES, kprobes=False).result()
-    again = Compilation(SIZES, kprobes=False).result()
-    assert (first.was_kept, again.was_kept) == (False, True)
-    assert again.instructions == first.instructions
-    assert again.drop_reasons == first.drop_reasons
-    assert shapes(again) == shapes(first)
+    expected = infos(first)
     (file,) = kept.iterdir()
     assert (kept.stat().st_mode & 0o777, file.stat().st_mode & 0o777) == (0o700, 0o600)
-    other = Compilation({**SIZES, "SLOTS": 16}, kprobes=False).result()
-    assert not other.was_kept
-    assert {shape.name: shape.entries_max for shape in shapes(other)}["slots"] == 16
+    monkeypatch.setattr(compile_, "_compile", None)
+    again = Compilation(SIZES, kprobes=False).result()
+    assert again.instructions == first.instructions
+    assert again.drop_reasons == first.drop_reasons
+    assert infos(again) == expected
+    # Others are compiled; and so are these, for whoever asks for it.
+    for others in ({"sizes": {**SIZES, "SLOTS": 16}}, {"afresh": True}):
+        with pytest.raises(CompileError, match="cannot compile"):
+            built(**others)
+
+
+def infos(of: Object) -> list[bytes]:
+    """All that the kernel says of the maps but their numbers, in the order of MAPS; closes them."""
+    found = [bpf._info(of.map_fds[name], "map info") for name in MAPS]
+    of.close()
+    return [info[:4] + info[8:] for info in found]
+
+
+INPUTS = ["x86_64", "-DSLOTS=8", "int x;"]
+
+
+@pytest.mark.parametrize(
+    "change", ["an input", "their order", "where one ends", "BCC", "a library", "the form"]
+)
+def test_name_tells_of_everything_that_matters(
+    change: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "bcc").mkdir()
+    for name in ("bcc/__init__.py", "bcc/version.py", "libraries"):
+        (tmp_path / name).touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "bcc", raising=False)
+    monkeypatch.setattr(compiled, "_LIBRARIES", tmp_path / "libraries")
+    before = compiled.name_of(INPUTS)
+    assert compiled.name_of(INPUTS) == before
+    inputs = list(INPUTS)
+    if change == "an input":
+        inputs[1] = "-DSLOTS=9"
+    elif change == "their order":
+        inputs.reverse()
+    elif change == "where one ends":
+        inputs = ["x86_64-DSLOTS=8", "", "int x;"]
+    elif change == "the form":
+        monkeypatch.setattr(compiled, "_FORM", "0")
+    else:
+        os.utime(tmp_path / {"BCC": "bcc/version.py", "a library": "libraries"}[change], (1, 1))
+    assert compiled.name_of(inputs) != before
+
+
+@pytest.mark.usefixtures("root")
+@pytest.mark.parametrize("name", ["MAPS", "PROGRAMS", "_headers", "source_text"])
+def test_name_depends_on_what_is_compiled_and_how_it_is_kept(
+    name: str, kept: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built()
+    (before,) = kept.iterdir()
+    own = getattr(compile_, name)
+    if name == "MAPS":
+        changed: object = (own[1], own[0], *own[2:])
+    elif name == "PROGRAMS":
+        changed = dict(reversed(own.items()))
+    elif name == "_headers":
+        changed = [*own(), "another.h", ""].copy
+    else:
+        changed = f"{own()}\n".__str__
+    monkeypatch.setattr(compile_, name, changed)
+    built()
+    assert len(set(kept.iterdir()) - {before}) == 1
 
 
 @pytest.mark.usefixtures("root")
 @pytest.mark.parametrize(
-    "damage", ["cut short", "empty", "not what it was", "another's", "for all to write", "a link"]
-)
+    "damage",
+    ["cut short", "empty", "zeros", "a bit", "another's directory", "a directory for all",
+     "another's file", "a file for all", "a link", "a pipe"],
+)  # fmt: skip
 def test_what_cannot_be_trusted_is_compiled_again(kept: Path, damage: str) -> None:
-    first = Compilation(SIZES, kprobes=False).result()
-    expected = shapes(first)
+    first = built()
     (file,) = kept.iterdir()
     content = file.read_bytes()
-    if damage == "another's":
+    if damage == "another's directory":
         os.chown(kept, 1, 1)
-    elif damage == "for all to write":
+    elif damage == "a directory for all":
         kept.chmod(0o777)
+    elif damage == "another's file":
+        os.chown(file, 1, 1)
+    elif damage == "a file for all":
+        file.chmod(0o666)
     elif damage == "a link":
         file.rename(kept.parent / "elsewhere")
         file.symlink_to(kept.parent / "elsewhere")
+    elif damage == "a pipe":
+        file.unlink()
+        os.mkfifo(file, 0o600)
+    elif damage == "a bit":
+        file.write_bytes(content.replace(b"5", b"4", 1))
     else:
-        file.write_bytes({"cut short": content[:1000], "empty": b""}.get(damage, b'{"maps": 1}'))
-    again = Compilation(SIZES, kprobes=False).result()
-    assert not again.was_kept
-    assert (again.instructions, shapes(again)) == (first.instructions, expected)
+        file.write_bytes({"cut short": content[:-9], "empty": b"", "zeros": bytes(99)}[damage])
+    assert compiled.find(file.name) is None
+    assert built().instructions == first.instructions
+    if "directory" not in damage:  # then it is good again
+        assert compiled.find(file.name) is not None
 
 
 @pytest.mark.usefixtures("root")
+def test_maps_that_are_refused_are_left_to_the_compiler(kept: Path) -> None:
+    first = built()
+    (file,) = kept.iterdir()
+    found = compiled.find(file.name)
+    assert found is not None
+    strange = found.maps[-1]._replace(type_=999)
+    compiled.keep(file.name, found._replace(maps=(*found.maps[:-1], strange)))
+    assert built().instructions == first.instructions
+    assert compiled.find(file.name) == found
+
+
+@pytest.mark.usefixtures("root")
+@pytest.mark.parametrize("where", ["none/at/all", "", "a file"])
 def test_where_nothing_can_be_kept_programs_are_compiled(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compiled, "DIRECTORY", tmp_path / "none" / "at" / "all")
-    for _ in range(2):
-        built = Compilation(SIZES, kprobes=False).result()
-        assert not built.was_kept
-        built.close()
+    (tmp_path / "a file").touch()
+    monkeypatch.setenv(compiled.ELSEWHERE, str(tmp_path / where) if where else "")
+    assert built().instructions
+    assert [path.name for path in tmp_path.iterdir()] == ["a file"]
+
+
+@pytest.mark.usefixtures("root")
+def test_what_cannot_be_written_can_be_read(kept: Path) -> None:
+    kept.mkdir(mode=0o700)
+    compiled.keep("x.json", compiled.Compiled({"one": bytes(8)}, (SHAPE,)))
+    read_only = 'mount --bind "$1" "$1"; mount -o remount,bind,ro "$1"; shift; exec "$@"'
+    told = "from tracer.kernel import compiled; print(compiled.find('x.json').maps[0].name)"
+    said = subprocess.check_output(
+        ["unshare", "--mount", "sh", "-ec", read_only, "sh", kept, sys.executable, "-c", told],
+        text=True,
+    )
+    assert said == "one\n"
+
+
+SHAPE = MapShape(1, 4, 4, 1, 0, "one")
 
 
 def test_few_files_are_kept_and_those_used_last(kept: Path) -> None:
-    shape = MapShape(1, 4, 4, 1, 0, "one")
     for number in range(20):
-        compiled.keep(f"{number}.json", compiled.Compiled({"one": bytes(8)}, (shape,)))
+        compiled.keep(f"{number}.json", compiled.Compiled({"one": bytes(8)}, (SHAPE,)))
         os.utime(kept / f"{number}.json", (number, number))
-        assert compiled.find("0.json") == compiled.Compiled({"one": bytes(8)}, (shape,))
-    (kept / ".begun.json-1").write_bytes(b"")
+        assert compiled.find("0.json") == compiled.Compiled({"one": bytes(8)}, (SHAPE,))
+    (kept / ".old.part").touch()
+    os.utime(kept / ".old.part", (1, 1))
+    (kept / ".new.part").touch()
+    (kept / "directory.json").mkdir()
     compiled.keep("20.json", compiled.Compiled({}, ()))
     left = {path.name for path in kept.iterdir()}
-    assert len(left) == 8
-    assert {"0.json", "19.json", "20.json"} < left
+    assert left == {
+        "directory.json", ".new.part", "0.json", "20.json", *(f"{n}.json" for n in range(14, 20)),
+    }  # fmt: skip
+
+
+def test_what_was_just_written_stays_whatever_the_clock_said(kept: Path) -> None:
+    for number in range(8):
+        compiled.keep(f"{number}.json", compiled.Compiled({}, ()))
+        os.utime(kept / f"{number}.json", (1 << 33, 1 << 33))
+    compiled.keep("new.json", compiled.Compiled({}, ()))
+    assert compiled.find("new.json") == compiled.Compiled({}, ())
+    assert len(list(kept.iterdir())) == 8

@@ -19,6 +19,7 @@ from tests.api_server import ApiServer
 from tests.asking import dig
 from tests.counting import running
 from tracer import arguments
+from tracer.kernel.compiled import ELSEWHERE
 from tracer.kernel.host import CAPABILITIES
 from tracer.lab import Lab
 
@@ -102,8 +103,11 @@ def test_capabilities_are_those_that_are_known_to_be_needed(where: str) -> None:
     assert capabilities(where) == set(CAPABILITIES)
 
 
-def test_with_these_capabilities_all_is_traced(root: None, tmp_path: Path) -> None:
+def test_with_these_capabilities_all_is_traced(
+    root: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     del root
+    monkeypatch.setenv(ELSEWHERE, str(tmp_path / "kept"))  # compiling needs some, too
     lab = Lab()
     lab.up()
     names = sorted(capabilities("unit"))

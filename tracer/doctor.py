@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from tracer import streams, who_is_who
 from tracer.finding import Finding, State
-from tracer.kernel import compiled, host, kprobes, netns
+from tracer.kernel import host, kprobes, netns
 from tracer.kernel.btf import VMLINUX, Btf, BtfError
 from tracer.kernel.compile import Compilation, CompileError
 from tracer.kernel.limits import Limits
@@ -116,7 +116,7 @@ def examine() -> Iterator[Finding]:
     yield _cgroup()
     if "MISSING" in (types.state, privileges.state, lockdown.state):
         return
-    compilation = Compilation(Limits().macros(), kprobes=kprobes.available())
+    compilation = Compilation(Limits().macros(), kprobes=kprobes.available(), afresh=True)
     try:
         compiler = _compiler(compilation)
         yield compiler
@@ -202,7 +202,7 @@ def _cgroup() -> Finding:
 def _compiler(compilation: Compilation) -> Finding:
     started = time.monotonic()
     try:
-        was_kept = compilation.result().was_kept
+        compilation.result()
     except CompileError as error:
         fix = "apt-get install python3-bpfcc" if "import bcc" in str(error) else None
         return Finding("compiler (BCC)", "MISSING", str(error), fix)
@@ -211,11 +211,7 @@ def _compiler(compilation: Compilation) -> Finding:
     except importlib.metadata.PackageNotFoundError:
         version = ""
     seconds = time.monotonic() - started
-    if was_kept:
-        how = f"programs were compiled by an earlier start, and are kept in {compiled.DIRECTORY}"
-    else:
-        how = f"programs compile in {seconds:.1f} s"
-    return Finding("compiler (BCC)", "ok", f"{version}{how}")
+    return Finding("compiler (BCC)", "ok", f"{version}programs compile in {seconds:.1f} s")
 
 
 def _tracing(compilation: Compilation) -> Iterator[Finding]:

@@ -15,22 +15,24 @@ import os
 import pickle
 import platform
 import re
+import resource
 import signal
 import socket
 import struct
 import tempfile
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tracer.kernel import bpf, compiled, host
-from tracer.kernel.bpf import SYSCALL_NUMBERS
+from tracer.kernel.bpf import SYSCALL_NUMBERS, BpfError
 from tracer.kernel.btf import VMLINUX, Btf, BtfError
 from tracer.kernel.offsets import UnknownMachine, kernel_offsets
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Mapping
+    from collections.abc import Collection, Iterable, Iterator, Mapping
 
 _BPF_PSEUDO_MAP_FD = 1
 _LD_IMM64 = 0x18
@@ -101,7 +103,6 @@ class Object:
     instructions: Mapping[str, bytes]
     map_fds: Mapping[str, int]
     drop_reasons: Mapping[int, str]  # enum skb_drop_reason of this kernel; empty before 5.17
-    was_kept: bool  # from an earlier start
 
     def linked(self, program: str, constants: Mapping[int, int] | None = None) -> bytes:
         """A program ready to load, with each 64-bit constant in `constants` replaced."""
@@ -146,7 +147,7 @@ def source_text() -> str:
 class Compilation:
     """A compilation under way in a child process. `sizes` are those of maps (see bpf/maps.h).
 
-    `more` is C that is compiled along, such as assertions. Start it before anything else is
+    `more` is C that is compiled along, such as assertions. `afresh`: whatever was compiled before. Start it before anything else is
     imported or any thread runs: the child is a fork.
     """
 
@@ -157,6 +158,7 @@ class Compilation:
         kprobes: bool,
         more: str = "",
         target: Target | None = None,
+        afresh: bool = False,
     ) -> None:
         self._channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         self._child = os.fork()
@@ -164,7 +166,9 @@ class Compilation:
             self._channel.close()
             # Nobody wants the result of a parent that was killed.
             ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-            _compile_in_child(theirs, sizes, more, target or Target(), kprobes=kprobes)
+            _compile_in_child(
+                theirs, sizes, more, target or Target(), kprobes=kprobes, afresh=afresh
+            )
         theirs.close()
         self._result: Object | None = None
 
@@ -189,9 +193,8 @@ class Compilation:
         answer = pickle.loads(payload)  # noqa: S301 - our own child wrote it
         if isinstance(answer, str):
             raise CompileError(answer)
-        instructions, drop_reasons, was_kept = answer
-        map_fds = dict(zip(MAPS, fds, strict=True))
-        self._result = Object(instructions, map_fds, drop_reasons, was_kept)
+        instructions, drop_reasons = answer
+        self._result = Object(instructions, dict(zip(MAPS, fds, strict=True)), drop_reasons)
         return self._result
 
 
@@ -202,9 +205,10 @@ def _compile_in_child(
     target: Target,
     *,
     kprobes: bool,
+    afresh: bool,
 ) -> None:
     """Never returns. LLVM writes its complaints to stderr, which are sent along."""
-    answer: str | tuple[Mapping[str, bytes], dict[int, str], bool]
+    answer: str | tuple[Mapping[str, bytes], dict[int, str]]
     fds: list[int] = []
     with tempfile.TemporaryFile() as complaints:
         os.dup2(complaints.fileno(), 1)
@@ -215,10 +219,10 @@ def _compile_in_child(
             flags = _prepare_environment(target.machine)
             offsets = kernel_offsets(btf, kprobes=kprobes, machine=target.machine)
             macros = {**offsets, **sizes, **_kernel_macros()}
-            found, fds, was_kept = _compiled(source_text() + more, macros, flags, target.machine)
+            text = source_text() + more
+            instructions, fds = _compiled(text, macros, flags, target.machine, afresh=afresh)
             reasons = btf.enumerators("skb_drop_reason").items()
-            names = {n: r.removeprefix("SKB_DROP_REASON_") for n, r in reasons}
-            answer = (found, names, was_kept)
+            answer = (instructions, {n: r.removeprefix("SKB_DROP_REASON_") for n, r in reasons})
         except UnknownMachine as error:
             answer = str(error)
         except BtfError as error:
@@ -226,18 +230,27 @@ def _compile_in_child(
                 f"{error}; dnstrace needs a kernel built with CONFIG_DEBUG_INFO_BTF "
                 "(stock kernels of Debian 11, Ubuntu 20.10, RHEL 8.2 and later have it)"
             )
-        except bpf.BpfError as error:
-            answer = f"the kernel refuses {error.strerror}"
         except ImportError:
             answer = "Python cannot import bcc: install it with 'apt-get install python3-bpfcc'"
         except Exception as error:  # noqa: BLE001 - whatever it is, the parent must hear of it
             complaints.seek(0)
             said = complaints.read().decode(errors="replace").strip()
-            answer = f"BCC cannot compile the programs: {error}\n{said}".strip()
+            answer = f"BCC cannot compile the programs: {error}\n{said}".strip() + _locked()
         payload = pickle.dumps(answer)
         channel.sendall(struct.pack("=I", len(payload)) + payload)
         socket.send_fds(channel, [b"f"], fds)
     os._exit(0)
+
+
+def _locked() -> str:
+    """What may be the reason, before 5.11, that there is no room for maps."""
+    locked, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    if locked == resource.RLIM_INFINITY:
+        return ""
+    return (
+        f"\n(locked memory is limited to {locked >> 10} KiB, and before 5.11 maps count as such: "
+        "give CAP_SYS_RESOURCE, or LimitMEMLOCK=infinity)"
+    )
 
 
 def _require_known(machine: str) -> None:
@@ -259,26 +272,42 @@ def _prepare_environment(machine: str) -> list[str]:
 
 
 def _compiled(
-    text: str, macros: Mapping[str, int], flags: Iterable[str], machine: str
-) -> tuple[Mapping[str, bytes], list[int], bool]:
-    """Programs, maps in the order of MAPS, and whether an earlier start had compiled them."""
+    text: str, macros: Mapping[str, int], flags: Iterable[str], machine: str, *, afresh: bool
+) -> tuple[Mapping[str, bytes], list[int]]:
+    """Programs, and maps in the order of MAPS."""
     # Without debugging information (-g0) it takes a fifth less.
     arguments = ["-Wno-unknown-warning-option", "-g0", *flags]
     arguments += [f"-D{name}={value}" for name, value in macros.items()]
-    name = compiled.name_of([text, *_headers()], arguments, machine)
-    kept = compiled.find(name)
+    name = compiled.name_of([*MAPS, *PROGRAMS, machine, *arguments, *_headers(), text])
+    kept = None if afresh else compiled.find(name)
     if kept is not None:
         host.raise_limits()
-        return kept.instructions, [bpf.map_create(shape) for shape in kept.maps], True
+        with suppress(BpfError):  # BCC knows better, or says more
+            return kept.instructions, _made(kept.maps)
     code, fds = _compile(text, arguments, macros)
     compiled.keep(name, compiled.Compiled(code, tuple(map(bpf.map_shape, fds))))
-    return code, fds, False
+    return code, fds
 
 
-def _headers() -> list[str]:
+def _made(shapes: Iterable[bpf.MapShape]) -> list[int]:
+    """Empty maps. Raises BpfError; then there is none."""
+    fds: list[int] = []
+    try:
+        for shape in shapes:
+            fds.append(bpf.map_create(shape))  # noqa: PERF401 - those until then are closed
+    except BpfError:
+        for fd in fds:
+            os.close(fd)
+        raise
+    return fds
+
+
+def _headers() -> Iterator[str]:
     """What the text includes besides: the definitions that stand for a kernel source tree."""
     tree = Path(str(files("tracer") / "bpf" / "kernel"))
-    return [path.read_text() for path in sorted(tree.rglob("*")) if path.is_file()]
+    for path in sorted(tree.rglob("*.h")):
+        yield str(path.relative_to(tree))
+        yield path.read_text()
 
 
 def _compile(

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What was compiled, kept for the next start: compiling takes most of one.
 
-A file's name tells of everything that its content depends on: the C, what is defined for it, this
-machine and BCC. So a file is never out of date, only unused, and then it goes.
+A file's name tells of everything that its content depends on, so a file is never out of date, only
+unused, and then it goes. Whatever cannot be read, written or trusted costs time alone.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import hashlib
 import importlib.util
 import os
 import stat
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -23,8 +24,12 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
 DIRECTORY = Path("/var/cache/dnstrace")
+ELSEWHERE = "DNSTRACE_CACHE"  # an environment variable: another directory, or "" for none
+_FORM = "1"  # of files
 _FILES_MAX = 8
 _FILE_LEN_MAX = 4 << 20
+_PART_S = 600.0  # what takes longer to be written was never finished
+_LIBRARIES = Path("/etc/ld.so.cache")  # is written whenever a shared library is installed
 
 
 class Compiled(NamedTuple):
@@ -34,17 +39,19 @@ class Compiled(NamedTuple):
     maps: tuple[MapShape, ...]
 
 
-def name_of(texts: Iterable[str], arguments: Iterable[str], machine: str) -> str:
-    """The file for what clang makes of `texts`, told `arguments`. Raises ImportError without BCC."""
+def name_of(inputs: Iterable[str]) -> str:
+    """The file for what BCC makes of `inputs`. Raises ImportError without BCC."""
     found = importlib.util.find_spec("bcc")
     if found is None or found.origin is None:
         raise ImportError("bcc")
     version = Path(found.origin).with_name("version.py")
-    installed = [found.origin]
+    compiler = [found.origin]
     with suppress(OSError):
-        installed += [version.read_text(), str(version.stat().st_mtime_ns)]
-    said = "\0".join([*texts, *arguments, machine, *installed])
-    return f"{hashlib.sha256(said.encode()).hexdigest()}.json"
+        compiler += [version.read_text(), str(version.stat().st_mtime_ns)]
+    with suppress(OSError):
+        compiler.append(str(_LIBRARIES.stat().st_mtime_ns))
+    said = orjson.dumps([_FORM, compiler, list(inputs)])
+    return f"{hashlib.sha256(said).hexdigest()}.json"
 
 
 def find(name: str) -> Compiled | None:
@@ -54,12 +61,12 @@ def find(name: str) -> Compiled | None:
     except OSError:
         return None
     try:
-        file = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=where)
-        with open(file, "rb") as stream:
-            kept = orjson.loads(stream.read(_FILE_LEN_MAX))
+        content = _read(name, where)
+        kept = orjson.loads(content)
         instructions = {key: bytes.fromhex(code) for key, code in kept["instructions"].items()}
         maps = tuple(MapShape(*shape) for shape in kept["maps"])
-        os.utime(name, dir_fd=where, follow_symlinks=False)
+        with suppress(OSError):  # nothing may be written there
+            os.utime(name, dir_fd=where, follow_symlinks=False)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
     finally:
@@ -68,34 +75,65 @@ def find(name: str) -> Compiled | None:
 
 
 def keep(name: str, compiled: Compiled) -> None:
-    """For the next start, unless the directory cannot be written; that costs time only."""
+    """For the next start."""
     content = orjson.dumps({
         "instructions": {key: code.hex() for key, code in compiled.instructions.items()},
         "maps": [list(shape) for shape in compiled.maps],
     })  # fmt: skip
     with suppress(OSError):
         with suppress(FileExistsError):
-            DIRECTORY.mkdir(mode=0o700)
+            _directory().mkdir(mode=0o700)
         where = _opened()
         try:
-            _write(name, content, where)
-            _drop_the_oldest(where)
+            _write(name, _digest(content) + b"\n" + content, where)
+            _drop_the_oldest(where, name)
         finally:
             os.close(where)
 
 
+def _directory() -> Path:
+    """Raises OSError if nothing is to be kept."""
+    elsewhere = os.environ.get(ELSEWHERE)
+    if elsewhere is None:
+        return DIRECTORY
+    if not elsewhere:
+        raise FileNotFoundError(f"{ELSEWHERE} is empty")
+    return Path(elsewhere)
+
+
 def _opened() -> int:
     """The directory, if it is ours alone. Raises OSError."""
-    where = os.open(DIRECTORY, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    found = os.fstat(where)
-    if found.st_uid != os.geteuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+    where = os.open(_directory(), os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    if not _is_ours(os.fstat(where)):
         os.close(where)
-        raise PermissionError(f"{DIRECTORY} is not ours alone")
+        raise PermissionError(f"{_directory()} is not ours alone")
     return where
 
 
+def _is_ours(found: os.stat_result) -> bool:
+    """Whether nobody else could have written there."""
+    return found.st_uid == os.geteuid() and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+
+
+def _read(name: str, where: int) -> bytes:
+    """What was written under that name. Raises OSError and ValueError."""
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    with open(os.open(name, flags, dir_fd=where), "rb") as stream:
+        found = os.fstat(stream.fileno())
+        if not stat.S_ISREG(found.st_mode) or not _is_ours(found):
+            raise PermissionError(f"{name} is not ours alone")
+        digest, _, content = stream.read(_FILE_LEN_MAX).partition(b"\n")
+    if digest != _digest(content):
+        raise ValueError(f"{name} is damaged")
+    return content
+
+
+def _digest(content: bytes) -> bytes:
+    return hashlib.sha256(content).hexdigest().encode()
+
+
 def _write(name: str, content: bytes, where: int) -> None:
-    part = f".{name}-{os.getpid()}"
+    part = f".{os.urandom(8).hex()}.part"
     file = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=where)
     try:
         with open(file, "wb") as stream:
@@ -106,12 +144,18 @@ def _write(name: str, content: bytes, where: int) -> None:
         raise
 
 
-def _drop_the_oldest(where: int) -> None:
-    """Also what a run that was killed had begun."""
-    found = [
-        (os.stat(name, dir_fd=where, follow_symlinks=False).st_mtime, name)
-        for name in os.listdir(where)
-        if name.endswith(".json") or name.startswith(".")
-    ]
-    for _, name in sorted(found)[:-_FILES_MAX]:
-        os.unlink(name, dir_fd=where)
+def _drop_the_oldest(where: int, newest: str) -> None:
+    """Also parts of a run that was killed. What is not a file of ours stays."""
+    found = []
+    for name in os.listdir(where):
+        with suppress(OSError):
+            status = os.stat(name, dir_fd=where, follow_symlinks=False)
+            if not stat.S_ISREG(status.st_mode):
+                continue
+            if name.endswith(".json") and name != newest:
+                found.append((status.st_mtime, name))
+            elif name.endswith(".part") and abs(time.time() - status.st_mtime) > _PART_S:
+                os.unlink(name, dir_fd=where)
+    for _, name in sorted(found)[: -(_FILES_MAX - 1)]:
+        with suppress(OSError):
+            os.unlink(name, dir_fd=where)

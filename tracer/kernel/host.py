@@ -109,5 +109,9 @@ def raise_limits() -> None:
     # Refused without CAP_SYS_RESOURCE; what then lacks says so itself.
     with suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    with suppress(ValueError, OSError):
+    try:
         resource.setrlimit(resource.RLIMIT_MEMLOCK, (unlimited, unlimited))
+    except (ValueError, OSError):
+        _, most = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+        with suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_MEMLOCK, (most, most))
