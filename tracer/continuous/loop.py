@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import gc
 import random
-import resource
 import time
 from collections import Counter
 from dataclasses import dataclass, field
@@ -25,17 +24,18 @@ from tracer.connection_room import ConnectionRoom
 from tracer.connections import Connections
 from tracer.continuous import memory
 from tracer.continuous.book import Book, Entry, statuses
+from tracer.continuous.coverage import Coverage
 from tracer.continuous.log import log
 from tracer.continuous.metrics import Health
 from tracer.continuous.names import TopNames
 from tracer.continuous.rows import histogram_rows, transaction_row, why_kept
+from tracer.continuous.usage import cpu_s, rss_bytes
 from tracer.kernel.aggregates import Aggregates
 from tracer.kernel.limits import CONTINUOUS
 from tracer.kernel.symbols import kernel_symbol
 from tracer.late_names import LateNames
-from tracer.record import Counter as Count
 from tracer.record import Status
-from tracer.run import Totals, losses
+from tracer.run import Totals
 from tracer.slots import no_socket, slots_of
 from tracer.slots import statuses as statuses_of
 from tracer.stages import stage_times
@@ -90,17 +90,15 @@ class Continuous:
     _assembler: Assembler = field(init=False)
     _connections: Connections = field(init=False)
     _room: ConnectionRoom = field(init=False)
+    _coverage: Coverage = field(init=False)
     _aggregates: Aggregates = field(init=False)
     _tally: Tally = field(init=False)
     _books: tuple[Book, Book] = field(init=False)
     _late: LateNames = field(init=False)
     _interval_ns: int = 0  # when it began, since 1970
-    _told: dict[str, int] = field(default_factory=dict)  # of coverage, at the interval before
     # Transactions that left the kernel, or that it did not end: ordinary ones, and others.
     _ordinary_left: int = 0
     _notable_left: int = 0
-    _own_not_kept: int = 0
-    _own_skipped: int = 0
     _cpu_before_s: float = 0.0
     _forget_s: float = 0.0
     _is_ready: bool = False
@@ -114,6 +112,7 @@ class Continuous:
         self._late = LateNames(names, _UNNAMED_MAX)
         self._connections = Connections(self.timeout_ns)
         self._room = ConnectionRoom(self.session, self._connections)
+        self._coverage = Coverage(self.session, self._connections, self._tally, self.recorder)
         self._aggregates = Aggregates(self.session.built.map_fds)
         self._books = (
             Book(names, names.is_settled, lambda: names.version),
@@ -196,9 +195,9 @@ class Continuous:
             if share and self._dice.randrange(share) == 0:
                 weights[row] = share
             elif is_notable:
-                self._own_skipped += 1
+                self._coverage.own_skipped += 1
             else:
-                self._own_not_kept += 1
+                self._coverage.own_not_kept += 1
         left = records[weights > 0]
         slots_of(left)["weight"] = weights[weights > 0]
         self._record(left)
@@ -319,67 +318,26 @@ class Continuous:
         for labels, entry in entries:
             rows += histogram_rows(labels, entry, self._interval_ns, now_ns)
         recorder.write("histograms", rows, transactions)
-        lost, unmatched = self.losses()
-        not_kept, skipped = self._spared()
-        now = {
-            "recorded": recorder.rows,
-            "not_kept": not_kept,
-            "skipped": skipped,
-            **{f"lost {kind}": number for kind, number in lost.items()},
-            **{f"unmatched {kind}": number for kind, number in unmatched.items()},
-        }
-        fresh = {name: number - self._told.get(name, 0) for name, number in now.items()}
-        row = {
-            "time_start_ns": self._interval_ns,
-            "time_end_ns": now_ns,
-            "transactions": transactions,
-            "recorded": fresh["recorded"],
-            "not_kept": fresh["not_kept"],
-            "skipped": fresh["skipped"],
-            "sample": self.budget.keeping.share,
-            "lost": {kind: fresh[f"lost {kind}"] for kind in lost},
-            "unmatched": {kind: fresh[f"unmatched {kind}"] for kind in unmatched},
-            "problem": self.source.problem(),
-        }
-        is_told = recorder.write("coverage", [row])
-        # What was lost is told later where it could not be told now.
-        self._told |= {
-            name: number
-            for name, number in now.items()
-            if is_told or not name.startswith(("lost ", "unmatched "))
-        }
+        self._coverage.record(
+            recorder,
+            self.totals,
+            (self._interval_ns, now_ns),
+            transactions,
+            self.budget.keeping.share,
+            self.source.problem(),
+        )
 
     def losses(self) -> tuple[dict[str, int], dict[str, int]]:
         """What was seen but is in no transaction, and messages without their counterpart."""
-        self.totals.connections = self._connections.lost
-        lost, unmatched = losses(self.session, self.totals)
-        counters = self.session.counters()
-        lost["series"] = counters[Count.SERIES_FULL] + self._tally.overflowed
-        lost["buckets"] = counters[Count.BUCKETS_FULL] + self._tally.untimed
-        lost["recordings"] = self.recorder.given_up if self.recorder else 0
-        del lost["lookups"], lost["upstream"]  # which this mode does not have
-        return lost, unmatched
+        return self._coverage.losses(self.totals)
 
     def cpu_used_s(self) -> float:
         """CPU time of this run, that of writing recordings included."""
         return cpu_s() - self._cpu_before_s
 
-    def _spared(self) -> tuple[int, int]:
-        """How many transactions did not leave the kernel: ordinary ones, and others.
-
-        Where nothing is recorded, none has to.
-        """
-        if self.recorder is None:
-            return 0, 0
-        counters = self.session.counters()
-        return (
-            counters[Count.NOT_KEPT] + self._own_not_kept,
-            counters[Count.SKIPPED] + self._own_skipped,
-        )
-
     def _health(self, series: int, buckets: int) -> Health:
         lost, unmatched = self.losses()
-        not_kept, skipped = self._spared()
+        not_kept, skipped = self._coverage.spared()
         limits = CONTINUOUS
         return Health(
             lost=lost,
@@ -389,7 +347,7 @@ class Continuous:
             skipped=skipped,
             sample=self.budget.keeping.share,
             cpu_s=self.cpu_used_s(),
-            rss_bytes=_rss_bytes(),
+            rss_bytes=rss_bytes(),
             tables={
                 "transactions": (self.session.table.in_flight(), limits.slots),
                 "series": (series, limits.series),
@@ -421,15 +379,3 @@ class Continuous:
         self._reading(last=True)
         if self.recorder is not None:
             self.recorder.close()
-
-
-def cpu_s() -> float:
-    """CPU time of this process and of its children that have ended, in seconds."""
-    own = resource.getrusage(resource.RUSAGE_SELF)
-    children = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return own.ru_utime + own.ru_stime + children.ru_utime + children.ru_stime
-
-
-def _rss_bytes() -> int:
-    with open("/proc/self/statm", "rb") as file:
-        return int(file.read().split()[1]) * resource.getpagesize()
