@@ -81,8 +81,9 @@ def rows_of(suites: ET.Element) -> Outcomes:
 
 
 def recorded(suites: ET.Element) -> dict[str, str]:
-    """What tests measured on their way, by name."""
-    return {p.get("name", ""): p.get("value", "") for p in suites.iter("property")}
+    """What tests measured on their way, by name; not what Hypothesis says of itself."""
+    found = {p.get("name", ""): p.get("value", "") for p in suites.iter("property")}
+    return {name: value for name, value in found.items() if not name.startswith("hypothesis-")}
 
 
 def _row(module: str, name: str) -> tuple[str, str] | None:
