@@ -12,12 +12,16 @@ import argparse
 import json
 import re
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.request
+from collections import deque
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -62,7 +66,7 @@ def _soak(lab: Lab, queries: Path, args: argparse.Namespace, recordings: Path) -
     seconds = args.minutes * 60
     pods = _Pods(lab)
     print("minute  queries  RSS MiB  CPU %  in flight  series  buckets  lost  recordings MiB")
-    with _tracer(lab, "--record", str(recordings), "--rotate", "1m") as (process, url):
+    with _tracer(lab, "--record", str(recordings), "--rotate", "1m") as run:
         load = _load(lab, queries, args.rate, seconds)
         began_s = last_s = time.monotonic()
         cpu_s = 0.0
@@ -72,7 +76,7 @@ def _soak(lab: Lab, queries: Path, args: argparse.Namespace, recordings: Path) -
                 while time.monotonic() < due_s:
                     pods.change()
                     time.sleep(1.0)
-                now = _scrape(url)
+                now = _scrape(run.url)
                 used_s = now["dnstrace_cpu_seconds_total"]
                 share = (used_s - cpu_s) / (time.monotonic() - last_s)
                 cpu_s, last_s = used_s, time.monotonic()
@@ -88,7 +92,7 @@ def _soak(lab: Lab, queries: Path, args: argparse.Namespace, recordings: Path) -
             load.terminate()
             said, _ = load.communicate()
         time.sleep(11)
-        last = _end(process)
+        last = _end(run)
     sent = re.search(r"Queries sent:\s+(\d+)", said)
     print(f"dnsperf sent {sent[1] if sent else '?'}, {pods.changes} pods came or went; {last}")
     return 0
@@ -97,24 +101,25 @@ def _soak(lab: Lab, queries: Path, args: argparse.Namespace, recordings: Path) -
 def _restart(lab: Lab, queries: Path, rate: int, times: int) -> int:
     load = _load(lab, queries, rate, 24 * 3600)
     before = _left()
-    slowest_s = 0.0
+    took_s: list[float] = []
     try:
         for number in range(times):
             began_s = time.monotonic()
-            with _tracer(lab) as (process, _):
-                slowest_s = max(slowest_s, time.monotonic() - began_s)
+            with _tracer(lab) as run:
+                took_s.append(time.monotonic() - began_s)
                 if number % 2:
-                    process.kill()
-                    process.wait()
+                    run.process.kill()
+                    run.process.wait()
                 else:
-                    _end(process)
+                    _end(run)
     finally:
         load.terminate()
         load.communicate()
     time.sleep(2)
     after = _left()
     print(
-        f"{times} starts, the slowest {slowest_s:.1f} s until it traced; left behind, before and after:"
+        f"{times} starts, until it traced: {statistics.median(took_s):.1f} s in the median, "
+        f"{max(took_s):.1f} s at most; left behind, before and after:"
     )
     for what, number in after.items():
         print(f"  {what}: {before[what]} {number}")
@@ -144,8 +149,18 @@ class _Pods:
         self.changes += 1
 
 
+@dataclass
+class _Run:
+    """The tracer, and what it has said last."""
+
+    process: subprocess.Popen[str]
+    said: deque[str]
+    reader: threading.Thread
+    url: str
+
+
 @contextmanager
-def _tracer(lab: Lab, *arguments: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+def _tracer(lab: Lab, *arguments: str) -> Iterator[_Run]:
     argv = [sys.executable, "-m", "tracer", "continuous", "--pods", str(lab.pods_file),
             "--metrics", "127.0.0.1:0", *arguments]  # fmt: skip
     process = subprocess.Popen(argv, stderr=subprocess.PIPE, text=True)
@@ -155,7 +170,11 @@ def _tracer(lab: Lab, *arguments: str) -> Iterator[tuple[subprocess.Popen[str], 
         for line in process.stderr:
             said = json.loads(line)
             if said["msg"] == "tracing":
-                yield process, said["metrics"]
+                lines: deque[str] = deque(maxlen=20)
+                # Who reads no more would hold up the tracer, once the pipe is full.
+                reader = threading.Thread(target=lines.extend, args=(process.stderr,), daemon=True)
+                reader.start()
+                yield _Run(process, lines, reader, said["metrics"])
                 return
         raise BenchError("dnstrace did not start")
     finally:
@@ -165,12 +184,13 @@ def _tracer(lab: Lab, *arguments: str) -> Iterator[tuple[subprocess.Popen[str], 
             process.stderr.close()
 
 
-def _end(process: subprocess.Popen[str]) -> str:
-    process.send_signal(signal.SIGTERM)
-    _, said = process.communicate(timeout=_START_S)
-    if process.returncode:
-        raise BenchError(f"dnstrace failed: {said}")
-    return said.splitlines()[-1]
+def _end(run: _Run) -> str:
+    run.process.send_signal(signal.SIGTERM)
+    status = run.process.wait(_START_S)
+    run.reader.join(1.0)
+    if status:
+        raise BenchError(f"dnstrace failed: {''.join(run.said)}")
+    return run.said[-1].rstrip()
 
 
 def _load(lab: Lab, queries: Path, rate: int, seconds: float) -> subprocess.Popen[str]:

@@ -48,6 +48,7 @@ def test_continuous_mode_has_values_to_begin_with() -> None:
         ("keep_size", "10MiB", 10 << 20),
         ("keep_age", "36h", 36 * 3600),
         ("rotate", "30s", 30 * 10**9),
+        ("metrics_names", "20", 20),
         ("record", "/var/lib/dnstrace", Path("/var/lib/dnstrace")),
     ],
 )
@@ -78,6 +79,9 @@ def test_values_are_read(option: str, text: str, value: object) -> None:
         ("keep-age", "-1d"),
         ("rotate", "soon"),
         ("interval", "0s"),
+        ("metrics-names", "1001"),
+        ("metrics-names", "-1"),
+        ("metrics-names", "²"),
         ("name", "x"),  # what only single transactions have
     ],
 )
@@ -99,6 +103,8 @@ def test_what_makes_no_sense_is_said(
         (["xyz"], "there is no command 'xyz' (there are: path, continuous, report, doctor, lab)"),
         (["continuous", "--name", "x"], "here the kernel counts them"),
         (["report", "--nmespace", "x"], "unrecognized arguments: --nmespace"),
+        (["continuous", "--metrics-names", "5", "--metrics", "off"], "nobody would see them"),
+        (["continuous", "--metrics-names", "5", "--sample", "0"], "only slow and failed ones"),
     ],
 )
 def test_what_is_not_there_is_said_with_what_is(

@@ -9,6 +9,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -211,13 +212,19 @@ def test_what_cannot_be_trusted_is_compiled_again(kept: Path, damage: str) -> No
 
 
 @pytest.mark.usefixtures("root")
-def test_maps_that_are_refused_are_left_to_the_compiler(kept: Path) -> None:
+@pytest.mark.parametrize(
+    "change", [{"type_": 999}, {"type_": "hash"}, {"entries_max": 1 << 40}, {"name": 7}, None],
+    ids=str,
+)  # fmt: skip
+def test_maps_that_cannot_be_made_are_left_to_the_compiler(
+    kept: Path, change: dict[str, Any] | None
+) -> None:
     first = built()
     (file,) = kept.iterdir()
     found = compiled.find(file.name)
     assert found is not None
-    strange = found.maps[-1]._replace(type_=999)
-    compiled.keep(file.name, found._replace(maps=(*found.maps[:-1], strange)))
+    strange = [found.maps[-1]._replace(**change)] if change else []
+    compiled.keep(file.name, found._replace(maps=(*found.maps[:-1], *strange)))
     assert built().instructions == first.instructions
     assert compiled.find(file.name) == found
 

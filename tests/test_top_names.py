@@ -30,7 +30,8 @@ def test_the_most_asked_are_told_however_many_names_there_are() -> None:
 
 def test_what_is_asked_no_more_gives_way() -> None:
     top = TopNames(1)
-    top.add("old.example.", 1000)
+    for _ in range(10):
+        top.add("old.example.", 100)
     assert top.turn() == {"old.example.": 1000}
     for _ in range(200):
         top.add("new.example.", 30)
@@ -51,11 +52,35 @@ def test_totals_never_fall_while_a_name_is_told() -> None:
         before = told
 
 
+def test_what_comes_once_is_never_told() -> None:
+    """Each name that is told is a new series, wherever it is scraped to."""
+    top = TopNames(10)
+    told = set[str]()
+    for interval in range(500):
+        for number in range(20):
+            top.add(f"n{number % 5}.example.", 100)
+            top.add(f"{interval}-{number}.example.", 100)
+        told |= top.turn().keys()
+    assert told == {f"n{number}.example." for number in range(5)}
+
+
+def test_flood_of_names_does_not_hide_those_that_are_known() -> None:
+    top = TopNames(2)
+    for interval in range(100):
+        for number in range(2 * names._FRESH_MAX if interval else 0):
+            top.add(f"{interval}-{number}.example.", 1)
+        for name in ("a.example.", "b.example."):
+            for _ in range(5):
+                top.add(name, 10)
+        told = top.turn()
+        assert told == dict.fromkeys(("a.example.", "b.example."), 50 * (interval + 1))
+
+
 def test_room_is_bounded() -> None:
     top = TopNames(3)
     for interval in range(3):
         for number in range(3 * names._FRESH_MAX):
             top.add(f"{interval}-{number}.example.", 1)
-        assert len(top._fresh) == names._FRESH_MAX
-        top.turn()
-        assert len(top._lately) == len(top._totals) == 3 * names._CANDIDATES
+        assert len(top._fresh) <= names._FRESH_MAX + 3 * names._CANDIDATES
+        assert not top.turn()
+        assert len(top._candidates) == 3 * names._CANDIDATES

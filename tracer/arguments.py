@@ -59,6 +59,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
         is_single = command == "continuous" and beyond[0].partition("=")[0] in _OF_SINGLE_ONES
         parser.error(f"unrecognized arguments: {' '.join(beyond)}{_COUNTED if is_single else ''}")
     args.command = command
+    if command == "continuous" and args.metrics_names:
+        if args.metrics is None:
+            parser.error("--metrics-names: with --metrics off, nobody would see them")
+        if not args.sample:
+            parser.error("--metrics-names: with --sample 0, only slow and failed ones would count")
     return args
 
 

@@ -38,7 +38,7 @@ _WINDOW_INTERVAL_S = 1.0
 _NO_BUDGET = 1e9
 # How long a scrape keeps the interpreter before tracing has its turn, and the other way round. Where
 # all CPUs are busy, a turn takes long to come; with Python's own 5 ms, a page took seven seconds.
-_TURN_S = 0.05
+_TURN_S = 0.02
 _MISSED = 3  # intervals without a reading, and we are not well
 
 
@@ -92,8 +92,9 @@ def run(args: argparse.Namespace, around: Surroundings, outlets: Outlets) -> Non
     if outlets.recorder is None and not args.metrics_names:  # nobody would read what leaves
         asked = Keeping(slower_ns=args.slower, share=0, notable_share=0)
     budget = Budget(args.cpu_budget, asked, cpu_s)
-    loop = _loop(args, around, outlets.figures, outlets.recorder, budget)
-    loop.top_names = TopNames(args.metrics_names)
+    loop = _loop(
+        args, around, outlets.figures, outlets.recorder, budget, TopNames(args.metrics_names)
+    )
     loop.interval_s = args.interval / 1e9
     at = _netloc(args.metrics[0], outlets.server.port) if outlets.server else None
     log(
@@ -114,7 +115,7 @@ def measure(args: argparse.Namespace, around: Surroundings, directory: Path) -> 
         tell=lambda problem: None if problem is None else log("error", problem),
     )  # fmt: skip
     budget = Budget(_NO_BUDGET, Keeping(slower_ns=0, share=1, notable_share=1), cpu_s)
-    loop = _loop(args, around, Figures(), recorder, budget)
+    loop = _loop(args, around, Figures(), recorder, budget, TopNames(0))
     loop.interval_s = _WINDOW_INTERVAL_S
     loop.run()
     if recorder.problem is not None:
@@ -168,6 +169,7 @@ def _loop(
     figures: Figures,
     recorder: Recorder | None,
     budget: Budget,
+    top_names: TopNames,
 ) -> Continuous:
     return Continuous(
         around.session,
@@ -182,6 +184,7 @@ def _loop(
         labels_wanted(around.filters, around.identities),
         around.filters.predicate(around.identities.labels),
         around.source,
+        top_names,
     )
 
 

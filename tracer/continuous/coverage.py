@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class Coverage:
-    """Since the start. Without a `recorder`, nothing has to leave the kernel, so nothing is spared.
+    """Since the start. `wants_some`: transactions are to leave the kernel; else none is spared.
 
     `own_not_kept` and `own_skipped` are of transactions that the kernel does not end: ordinary
     ones, and others.
@@ -29,6 +29,7 @@ class Coverage:
     connections: Connections
     tally: Tally
     recorder: Recorder | None
+    wants_some: bool
     own_not_kept: int = 0
     own_skipped: int = 0
     _told: dict[str, int] = field(default_factory=dict)  # by the interval before
@@ -46,7 +47,7 @@ class Coverage:
 
     def spared(self) -> tuple[int, int]:
         """How many transactions did not leave the kernel: ordinary ones, and others."""
-        if self.recorder is None:
+        if not self.wants_some:
             return 0, 0
         counters = self.session.counters()
         return (

@@ -27,7 +27,6 @@ from tracer.continuous.book import Book, Entry, statuses
 from tracer.continuous.coverage import Coverage
 from tracer.continuous.log import log
 from tracer.continuous.metrics import Health
-from tracer.continuous.names import TopNames
 from tracer.continuous.rows import histogram_rows, transaction_row, why_kept
 from tracer.continuous.usage import cpu_s, rss_bytes
 from tracer.kernel.aggregates import Aggregates
@@ -51,6 +50,7 @@ if TYPE_CHECKING:
     from tracer.continuous.budget import Budget
     from tracer.continuous.labels import Labels
     from tracer.continuous.metrics import Figures
+    from tracer.continuous.names import TopNames
     from tracer.continuous.recorder import Recorder
     from tracer.kernel.session import Session
     from tracer.run import Stop
@@ -84,7 +84,7 @@ class Continuous:
     is_wanted: Callable[[Labels], bool]
     keep: Callable[[Transaction], bool]
     source: Source  # of names
-    top_names: TopNames = field(default_factory=lambda: TopNames(0))
+    top_names: TopNames
     totals: Totals = field(default_factory=Totals)
     counted: Counter[str] = field(default_factory=Counter)  # transactions, by status
     _assembler: Assembler = field(init=False)
@@ -112,7 +112,10 @@ class Continuous:
         self._late = LateNames(names, _UNNAMED_MAX)
         self._connections = Connections(self.timeout_ns)
         self._room = ConnectionRoom(self.session, self._connections)
-        self._coverage = Coverage(self.session, self._connections, self._tally, self.recorder)
+        wants_some = self.recorder is not None or self.top_names.most > 0
+        self._coverage = Coverage(
+            self.session, self._connections, self._tally, self.recorder, wants_some
+        )
         self._aggregates = Aggregates(self.session.built.map_fds)
         self._books = (
             Book(names, names.is_settled, lambda: names.version),
@@ -235,7 +238,7 @@ class Continuous:
         notable = int(self._notable(slots_of(records)).sum())
         self._notable_left += notable
         self._ordinary_left += len(records) - notable
-        if self.recorder is not None or self.top_names.most:
+        if self._coverage.wants_some:
             self._write(self._late.hold(records))
 
     def _name_late(self, now_ns: int, *, at_once: bool = False) -> None:
@@ -259,7 +262,9 @@ class Continuous:
         ):
             if not self.keep(t):
                 continue
-            if self.top_names.most and t.name and not by_server:
+            # A client elsewhere is counted there.
+            is_here = bool(netns) or not self.session.hooks
+            if self.top_names.most and t.name and is_here and not by_server:
                 self.top_names.add(t.name, weight)
             if self.recorder is not None:
                 kept = why_kept(t, slower_ns)
@@ -303,7 +308,12 @@ class Continuous:
             idle_ns = _CROWDED_IDLE_NS if crowded else _IDLE_NS
             before_ns = time.monotonic_ns() - idle_ns
             of_kernel, of_own = self._books
-            of_kernel.forget(self._aggregates.forget(counted, before_ns, of_kernel.waiting()))
+            try:
+                gone = self._aggregates.forget(counted, before_ns, of_kernel.waiting())
+            except OSError as error:  # the next minute tries again
+                log("error", f"the kernel's counts cannot be tidied up: {error}")
+            else:
+                of_kernel.forget(gone)
             of_own.forget(self._tally.forget(before_ns, of_own.waiting()))
         self.figures.tell(self._health(*entries), is_ready=self._is_ready)
 

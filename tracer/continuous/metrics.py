@@ -264,7 +264,7 @@ def _names(names: Mapping[str, int]) -> Metric:
 
     family = CounterMetricFamily(
         "dnstrace_top_name_transactions",
-        "DNS transactions of the names that are asked for most, estimated.",
+        "DNS transactions of the names asked for most, estimated; from 0 if one is among them again.",
         labels=("name",),
     )
     found: Counter[str] = Counter()

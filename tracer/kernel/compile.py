@@ -280,9 +280,9 @@ def _compiled(
     arguments += [f"-D{name}={value}" for name, value in macros.items()]
     name = compiled.name_of([*MAPS, *PROGRAMS, machine, *arguments, *_headers(), text])
     kept = None if afresh else compiled.find(name)
-    if kept is not None:
+    if kept is not None and len(kept.maps) == len(MAPS):
         host.raise_limits()
-        with suppress(BpfError):  # BCC knows better, or says more
+        with suppress(BpfError, struct.error, TypeError, AttributeError):  # BCC says more
             return kept.instructions, _made(kept.maps)
     code, fds = _compile(text, arguments, macros)
     compiled.keep(name, compiled.Compiled(code, tuple(map(bpf.map_shape, fds))))
@@ -295,7 +295,7 @@ def _made(shapes: Iterable[bpf.MapShape]) -> list[int]:
     try:
         for shape in shapes:
             fds.append(bpf.map_create(shape))  # noqa: PERF401 - those until then are closed
-    except BpfError:
+    except BaseException:
         for fd in fds:
             os.close(fd)
         raise

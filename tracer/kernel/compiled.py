@@ -50,7 +50,7 @@ def name_of(inputs: Iterable[str]) -> str:
         compiler += [version.read_text(), str(version.stat().st_mtime_ns)]
     with suppress(OSError):
         compiler.append(str(_LIBRARIES.stat().st_mtime_ns))
-    said = orjson.dumps([_FORM, compiler, list(inputs)])
+    said = orjson.dumps([_FORM, MapShape._fields, compiler, list(inputs)])
     return f"{hashlib.sha256(said).hexdigest()}.json"
 
 
