@@ -62,6 +62,25 @@ def capabilities(where: str) -> set[str]:
     return {f"CAP_{name}" for name in container()["securityContext"]["capabilities"]["add"]}
 
 
+def test_scrapes_keep_the_metrics_own_labels() -> None:
+    """Else namespace and pod are those of the tracer, wherever alerts and dashboard ask for them."""
+    monitor = yaml.safe_load((DEPLOY / "podmonitor.yaml").read_text())
+    (endpoint,) = monitor["spec"]["podMetricsEndpoints"]
+    assert endpoint["honorLabels"] is True
+    ports = {port["name"] for port in container()["ports"]}
+    assert endpoint["port"] in ports
+    (daemon_set,) = [each for each in manifests() if each["kind"] == "DaemonSet"]
+    labels = daemon_set["spec"]["template"]["metadata"]["labels"]
+    assert monitor["spec"]["selector"]["matchLabels"].items() <= labels.items()
+
+
+def test_image_is_made_of_what_is_there() -> None:
+    for line in (DEPLOY / "Containerfile").read_text().splitlines():
+        if line.startswith("COPY"):
+            for source in line.split()[1:-1]:
+                assert list(DEPLOY.parent.glob(source)), source
+
+
 @pytest.fixture(scope="module")
 def server(root: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ApiServer]:
     del root
@@ -92,7 +111,8 @@ def test_systemd_takes_the_unit(tmp_path: Path) -> None:
 @pytest.mark.parametrize("where", ["unit", "manifest"])
 def test_arguments_are_ones_that_there_are(where: str) -> None:
     if where == "unit":
-        argv = unit()["ExecStart"].split()[1:]
+        said = unit()["ExecStart"].replace("$DNSTRACE_OPTIONS", "--metrics 192.0.2.1:9353")
+        argv = said.split()[1:]
     else:
         argv = [text.replace("$(HOST_IP)", "192.0.2.1") for text in container()["args"]]
     assert arguments.parse(argv).command == "continuous"

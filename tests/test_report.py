@@ -281,11 +281,71 @@ def test_what_is_missing_is_said(tmp_path: Path) -> None:
     coverage = report.coverage
     assert (coverage.lost, coverage.skipped) == ({"ring_full": 3}, 4)
     assert len(coverage.unreadable) == 3
-    assert [node for node, _, _ in coverage.gaps] == ["node-1"]
+    assert [(node, known) for node, _, _, known in coverage.gaps] == [("node-1", 0)]
     text = render(report)
-    for words in ("ring full", "not read", "nothing was recorded on node-1", "the API is away"):
+    for words in ("ring full", "not read", "nothing was counted on node-1", "the API is away"):
         assert words in text
     assert "nothing is known to be missing" not in text
+
+
+def test_what_a_killed_run_has_recorded_is_told_with_what_it_has_not_counted(
+    tmp_path: Path,
+) -> None:
+    """Its transactions were written as they came, its counts with the next interval only."""
+    second = 10**9
+    record(tmp_path, [Made()])
+    one = Recorder(
+        tmp_path, "node-1", rotate_s=1e9, size_max=1 << 50, age_max_s=1e12, tell=lambda _: None
+    )
+    killed = [Made(time_ns=START_NS + (10 + n) * second) for n in range(3)]
+    one.write("transactions", (each.row(1) for each in killed))
+    one.close()
+    for at in (20, 30):  # the next start begins with an interval of next to nothing
+        begun_ns = START_NS + at * second
+        one = Recorder(
+            tmp_path, "node-1", rotate_s=1e9, size_max=1 << 50, age_max_s=1e12, tell=lambda _: None
+        )
+        row = {"transactions": 0, "recorded": 0, "not_kept": 0, "skipped": 0, "sample": 1}
+        times = {"time_start_ns": begun_ns, "time_end_ns": begun_ns + 1000}
+        one.write("coverage", [{**times, **row, "lost": {}, "unmatched": {}}])
+        one.close()
+    (tmp_path / ".journal-node-1-20261127T064510502Z").mkdir()
+    report = make([tmp_path], Filters())
+    ((node, start, end, known),) = report.coverage.gaps
+    assert (node, known) == ("node-1", 3)
+    assert round((end - start).total_seconds()) == 29
+    assert (report.coverage.recorded, report.coverage.pending) == (4, ["node-1"])
+    text = " ".join(render(report).split())
+    assert "but for 3 that were recorded one by one" in text
+    assert "not in here: what node-1 has recorded since its last complete file" in text
+    assert "nothing is known to be missing" not in text
+
+
+def test_filters_are_told_and_what_there_is_where_they_find_nothing(many: Path) -> None:
+    filters = Filters(namespaces=("sree",), failed=True, name="a b*")
+    report = make([many], filters)
+    assert report.filters == to_json(report)["filters"] == "--namespace sree --name 'a b*' --failed"
+    text = " ".join(render(report).split())
+    assert "filters: --namespace sree --name 'a b*' --failed" in text
+    assert "none of the 3,000 transactions" in text
+    assert "namespaces there: default, sre" in text
+
+
+def test_few_of_a_sample_have_no_percentiles_at_all(tmp_path: Path) -> None:
+    record(tmp_path, MANY[:50], every=10)
+    report = make([tmp_path], Filters(comm="*"))
+    assert not report.counted
+    assert report.total.quantiles == (None,) * len(SHARES)
+    assert report.total.max_ns == max(one.latency_ns for one in MANY[:50:10])  # type: ignore[type-var]
+    assert "within" not in render(report).partition("HOW COMPLETE")[0]
+
+
+def test_why_nobody_was_there_is_said(tmp_path: Path) -> None:
+    gone = [Made(status="dropped", reason="NO_SOCKET"), Made(status="refused", reason="NO_SOCKET")]
+    record(tmp_path, gone)
+    text = render(make([tmp_path], Filters()))
+    assert "the client no longer waited (NO_SOCKET)" in text
+    assert "nothing listens there (NO_SOCKET)" in text
 
 
 @pytest.mark.parametrize("what", ["nowhere", "empty", "junk", "other"])

@@ -56,7 +56,7 @@ def _run(argv: list[str]) -> int:
             if args.command == "continuous":
                 from tracer.continuous.log import log
 
-                streams.say_by(lambda message, fatal: log("error" if fatal else "warning", message))
+                streams.say_by(log)
                 # There is nothing to complete yet.
                 signal.signal(signal.SIGHUP, signal.SIG_IGN)
         finally:

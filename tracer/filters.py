@@ -7,7 +7,8 @@ import fnmatch
 import functools
 import ipaddress
 import re
-from dataclasses import dataclass
+import shlex
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal
 
 from tracer import decode
@@ -25,9 +26,10 @@ if TYPE_CHECKING:
     Predicate = Callable[[Transaction], bool]
     Side = Literal["client", "server"]
 
+_OPTIONS = {"namespaces": "namespace", "pods": "pod"}  # where they are not called as here
 COMM_LEN_MAX = 15  # TASK_COMM_LEN without the zero byte: the kernel cuts longer names
-_UNITS_NS = {"ns": 1, "us": 1_000, "µs": 1_000, "ms": 1_000_000, "s": 1_000_000_000, "m": 60_000_000_000}  # fmt: skip
-_DURATION = re.compile(r"(\d{1,12}(?:\.\d{1,9})?)(ns|us|µs|ms|s|m)", re.ASCII)
+_UNITS_NS = {"ns": 1, "us": 1_000, "µs": 1_000, "ms": 1_000_000, "s": 1_000_000_000, "m": 60_000_000_000, "h": 3_600_000_000_000}  # fmt: skip
+_DURATION = re.compile(r"(\d{1,12}(?:\.\d{1,9})?)(ns|us|µs|ms|s|m|h)", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +62,19 @@ class Filters:
             self.name, self.type, self.rcode, self.failed, self.slower, self.server, self.backend
         )  # fmt: skip
         return any(of_transactions) or self.side == "server"
+
+    def spelled(self) -> str:
+        """As on the command line; empty if nothing is filtered."""
+        told = []
+        for each in fields(self):
+            value = getattr(self, each.name)
+            option = f"--{_OPTIONS.get(each.name, each.name)}"
+            if value is True:
+                told.append(option)
+            elif value != each.default:
+                values = value if isinstance(value, tuple) else (value,)
+                told += [f"{option} {shlex.quote(str(one))}" for one in values]
+        return " ".join(told)
 
     @property
     def is_open(self) -> bool:

@@ -142,5 +142,5 @@ class KeepUp:
         if problem:
             say(problem)
         else:
-            say("names are up to date again")
+            say("names are up to date again", "info")
         self._problem = problem

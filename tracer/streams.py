@@ -6,12 +6,14 @@ from __future__ import annotations
 import os
 import sys
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Literal, TextIO
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-_say: Callable[[str, bool], None] | None = None
+Level = Literal["info", "warning", "error"]
+
+_say: Callable[[Level, str], None] | None = None
 
 
 class OutputError(Exception):
@@ -50,24 +52,21 @@ def discard(stream: TextIO) -> None:
     os.close(nowhere)
 
 
-def say_by(how: Callable[[str, bool], None]) -> None:
-    """Has `say` and `fail` tell in another form from now on: there is no person at a terminal.
-
-    `how` is told the message, and whether it is why we end.
-    """
+def say_by(how: Callable[[Level, str], None]) -> None:
+    """Has `say` and `fail` tell in another form from now on: there is no person at a terminal."""
     global _say  # noqa: PLW0603 - the process has one stderr
     _say = how
 
 
 def fail(message: str) -> None:
     """One line on why we end."""
-    say(message, fatal=True)
+    say(message, "error")
 
 
-def say(message: str, *, fatal: bool = False) -> None:
+def say(message: str, level: Level = "warning") -> None:
     """One line for the person at the terminal."""
     if _say is not None:
-        _say(message, fatal)
+        _say(level, message)
         return
     if not message.isprintable():
         from tracer.show import cells  # which loads rich, and hardly any message needs it

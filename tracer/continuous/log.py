@@ -6,13 +6,14 @@ from __future__ import annotations
 import sys
 import time
 from contextlib import suppress
-from typing import Literal
+from typing import TYPE_CHECKING
 
 import orjson
 
 from tracer.export.jsonl import rfc3339
 
-Level = Literal["info", "warning", "error"]
+if TYPE_CHECKING:
+    from tracer.streams import Level
 
 
 def log(level: Level, message: str, **more: str | float | None) -> None:

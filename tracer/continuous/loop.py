@@ -145,6 +145,7 @@ class Continuous:
                 self._keep_to_budget(now_s)
             if self.recorder is not None:
                 if stop.hung_up():
+                    log("info", "SIGHUP: the recording is completed")
                     self.recorder.try_again()
                     self._reading()
                     self.recorder.rotate()

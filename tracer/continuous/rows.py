@@ -55,6 +55,8 @@ def transaction_row(
     row["client_seen"] = client_seen
     row["by_server"] = by_server
     row["stages"] = {name: ns or None for name, ns in zip(STAGE_NAMES, stages, strict=True)}
+    if t.status != "answered":  # what was upstream of that is not known
+        row["stages"]["server"] = row["stages"]["upstream"] = None
     return row
 
 

@@ -23,6 +23,7 @@ def to_json(report: Report) -> dict[str, Any]:
         "start": _time(report.start),
         "end": _time(report.end),
         "nodes": report.nodes,
+        "filters": report.filters,
         "counted": report.counted,
         "stages_counted": report.stages_counted,
         "relative_error": ERROR,
@@ -60,11 +61,12 @@ def to_json(report: Report) -> dict[str, Any]:
             "lost": coverage.lost,
             "unmatched": coverage.unmatched,
             "gaps": [
-                {"node": node, "start": _time(start), "end": _time(end)}
-                for node, start, end in coverage.gaps
+                {"node": node, "start": _time(start), "end": _time(end), "recorded": known}
+                for node, start, end, known in coverage.gaps
             ],
             "problems": coverage.problems,
             "unreadable": [{"file": file, "why": why} for file, why in coverage.unreadable],
+            "pending": coverage.pending,
             "files": coverage.files,
         },
     }
@@ -76,6 +78,7 @@ def _group(group: Group) -> dict[str, Any]:
         "count": group.count,
         "failed": group.failed,
         "recorded": group.recorded,
+        "estimated": group.is_estimated,
         "latency": _times(group.times),
     }
 

@@ -35,6 +35,7 @@ class Group:
     failed: int
     times: Times
     recorded: int | None = None
+    is_estimated: bool = False
 
 
 @dataclass(slots=True)
@@ -70,10 +71,23 @@ class Coverage:
     skipped: int = 0
     lost: dict[str, int] = field(default_factory=dict)
     unmatched: dict[str, int] = field(default_factory=dict)
-    gaps: list[tuple[str, datetime, datetime]] = field(default_factory=list)  # node, from, to
+    # Node, from, to, and how many transactions of that time are known all the same.
+    gaps: list[tuple[str, datetime, datetime, int]] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     unreadable: list[tuple[str, str]] = field(default_factory=list)  # file, why
+    pending: list[str] = field(default_factory=list)  # nodes with recordings that are not complete
     files: int = 0
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether nothing is known to be missing."""
+        missing = self.gaps, self.pending, self.unreadable, self.skipped
+        return not any(missing) and not self.lost.keys() - {"filtered"}
+
+    @property
+    def has_each(self) -> bool:
+        """Whether every transaction that was counted is known by itself."""
+        return not (self.not_kept or self.skipped or self.gaps)
 
 
 @dataclass(slots=True)
@@ -83,6 +97,8 @@ class Report:
     start: datetime | None
     end: datetime | None
     nodes: list[str]
+    filters: str  # as on the command line
+    namespaces: list[str]  # where nothing was found: those of clients that the recordings have
     counted: bool  # from histograms: all transactions; else estimated from those that were kept
     stages_counted: bool  # the same of the stages
     transactions: int

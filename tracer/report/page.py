@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import orjson
 
 from tracer.report.export import to_json
-from tracer.report.words import completeness, notes
+from tracer.report.words import completeness, notes, outcome, precision
 
 if TYPE_CHECKING:
     from tracer.report.figures import Report
@@ -22,7 +22,12 @@ _UNSAFE = re.compile("[<>&\u2028\u2029]")
 
 def render(report: Report) -> str:
     """The page. Whatever names hold stays text: scripts put it in as such."""
-    said = {"notes": list(notes(report)), "completeness": list(completeness(report.coverage))}
+    said = {
+        "notes": list(notes(report)),
+        "precision": list(precision(report)),
+        "outcomes": list(map(outcome, report.failures)),
+        "completeness": list(completeness(report.coverage)),
+    }
     data = orjson.dumps({**to_json(report), **said}).decode()
     data = _UNSAFE.sub(lambda found: f"\\u{ord(found[0]):04x}", data)
     before, _, after = (

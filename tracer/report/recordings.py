@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 KINDS = ("transactions", "histograms", "coverage")
 _LATER = {"by_server", "client_seen"}  # columns that the first recordings did not have
 _MEMORY = "1GB"
+_JOURNAL = re.compile(r"\.journal-(.*)-\d{8}T\d{9}Z", re.DOTALL)
 _NAME = re.compile(r"(transactions|histograms|coverage)-.*\.parquet", re.DOTALL)
 _TIMES = {"time_ns": ("time", "time_ns"), "time_start_ns": ("time_start",), "time_end_ns": ("time_end",)}  # fmt: skip
 _WHEN = "BETWEEN TIMESTAMPTZ '1970-01-01' AND TIMESTAMPTZ '2200-01-01'"
@@ -55,6 +56,7 @@ class Recordings:
     database: DuckDBPyConnection
     files: dict[str, list[Path]] = field(default_factory=dict)
     unreadable: list[tuple[Path, str]] = field(default_factory=list)
+    pending: set[str] = field(default_factory=set)  # nodes with more that is not complete yet
 
     def rows(self, sql: str, parameters: Sequence[object] = ()) -> list[tuple[Any, ...]]:
         """The result of a query."""
@@ -82,6 +84,7 @@ def load(paths: Sequence[Path], scratch: Path) -> Recordings:
     found = Recordings(database, {kind: [] for kind in KINDS})
     seen = set()
     for path in paths:
+        found.pending |= _pending(path)
         for file in _files(path):
             where = os.path.realpath(file)
             if where not in seen:  # by two ways, it would count twice
@@ -122,6 +125,15 @@ def _files(path: Path) -> list[Path]:
             f"{path}: {error.strerror}; give a recording, or a directory"
         ) from error
     return [path]
+
+
+def _pending(path: Path) -> set[str]:
+    """Nodes that write there, or did until they were killed."""
+    try:
+        names = [each.name for each in path.iterdir()] if path.is_dir() else []
+    except OSError:
+        return set()
+    return {match[1] for name in names if (match := _JOURNAL.fullmatch(name))}
 
 
 def _take(found: Recordings, file: Path) -> None:

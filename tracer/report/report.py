@@ -16,7 +16,7 @@ from tracer.report.recordings import RecordingError, Recordings, leave_out_damag
 from tracer.stages import PARTS, STAGE_NAMES, quantile
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
     from datetime import datetime
 
     from tracer.filters import Filters
@@ -28,7 +28,9 @@ TOP = 10
 HEAT_COLUMNS = 120
 _GAP = timedelta(seconds=2)
 _GAPS_MAX = 20
-_FEWEST = {0.99: 100, 0.999: 1000}  # below, a quantile would be one value's whim
+# With fewer values than that, a quantile would be one value's whim; or where each stands for several.
+_FEWEST = {0.99: 100, 0.999: 1000}
+_FEWEST_OF_SAMPLE = {0.5: 10, 0.9: 50, 0.99: 500, 0.999: 5000}
 _LOGGED = f"""
     CASE WHEN ns < {PARTS} THEN ns
     ELSE (ns >> (CAST(floor(log2(ns)) AS INTEGER) - 4)) << (CAST(floor(log2(ns)) AS INTEGER) - 4)
@@ -62,12 +64,12 @@ def make(paths: Sequence[Path], filters: Filters) -> Report:
         found = load(paths, Path(scratch))
         try:
             try:
-                return _Maker(found, kept, whole, parts, clients_alone).report()
+                return _Maker(found, filters, kept, whole, parts, clients_alone).report()
             except duckdb.Error as error:
                 if not leave_out_damaged(found):
                     raise RecordingError(f"cannot be read: {str(error)[:200]}") from error
             try:
-                return _Maker(found, kept, whole, parts, clients_alone).report()
+                return _Maker(found, filters, kept, whole, parts, clients_alone).report()
             except duckdb.Error as error:
                 raise RecordingError(f"cannot be read: {str(error)[:200]}") from error
         finally:
@@ -76,9 +78,16 @@ def make(paths: Sequence[Path], filters: Filters) -> Report:
 
 class _Maker:
     def __init__(
-        self, found: Recordings, kept: Where, whole: Where, parts: Where, clients_alone: bool
+        self,
+        found: Recordings,
+        filters: Filters,
+        kept: Where,
+        whole: Where,
+        parts: Where,
+        clients_alone: bool,
     ) -> None:
         self._found = found
+        self._filters = filters
         self._kept = kept
         self._whole = whole
         self._parts = parts
@@ -97,10 +106,13 @@ class _Maker:
         totals = self._totals("status") if self._counted else self._kept_totals("status")
         total = self._times(None).get(None, Times())
         statuses = {str(name): count for name, (count, *_) in totals.items()}
+        coverage = self._coverage()
         return Report(
             start,
             end,
             [row[0] for row in self._found.rows(_NODES)],
+            self._filters.spelled(),
+            [] if statuses else [row[0] for row in self._found.rows(_NAMESPACES)],
             self._counted,
             self._stages_counted,
             sum(statuses.values()),
@@ -109,11 +121,12 @@ class _Maker:
             statuses,
             total,
             self._stages(),
-            {name: self._groups(name) for name in _GROUPS} | {"name": self._names()},
+            {name: self._groups(name) for name in _GROUPS}
+            | {"name": self._names(has_each=coverage.has_each)},
             self._slowest(),
             self._failures(),
             self._heat(start, end),
-            self._coverage(),
+            coverage,
         )
 
     def _count_where(self, condition: str) -> int:
@@ -219,11 +232,18 @@ class _Maker:
         totals = self._totals(by_count) if self._counted else self._kept_totals(by_kept)
         times = self._times(group)
         return _top(
-            Group(name, count, failed, times.get(name, Times()), *recorded)
+            Group(
+                name,
+                count,
+                failed,
+                times.get(name, Times()),
+                recorded[0] if recorded else None,
+                is_estimated=any(one != count for one in recorded),
+            )
             for name, (count, failed, *recorded) in totals.items()
         )
 
-    def _names(self) -> list[Group]:
+    def _names(self, *, has_each: bool) -> list[Group]:
         """Names are in transactions alone."""
         rows = self._found.rows(
             f"SELECT name, sum(weight) AS n, sum(weight) FILTER ({_FAILED}), count(*) "
@@ -239,7 +259,15 @@ class _Maker:
             [*self._kept.parameters, [name for name in names if name is not None]],
         )
         return [
-            Group(name, int(count), int(failed or 0), times.get(name, Times()), recorded)
+            Group(
+                name,
+                int(count),
+                int(failed or 0),
+                times.get(name, Times()),
+                recorded,
+                # Of what is not failed or slow, some others may not have been recorded.
+                is_estimated=recorded != count or (not has_each and recorded > int(failed or 0)),
+            )
             for name, count, failed, recorded in rows
         ]
 
@@ -297,9 +325,10 @@ class _Maker:
 
     def _coverage(self) -> Coverage:
         found = self._found
-        ((transactions, recorded, not_kept, skipped),) = found.rows(
-            "SELECT sum(transactions), sum(recorded), sum(not_kept), sum(skipped) FROM coverage"
+        ((transactions, not_kept, skipped),) = found.rows(
+            "SELECT sum(transactions), sum(not_kept), sum(skipped) FROM coverage"
         )
+        ((known,),) = found.rows("SELECT count(*) FROM transactions")
         lost = found.rows(
             "SELECT e.key, sum(e.value) AS n FROM (SELECT unnest(map_entries(lost)) AS e "
             "FROM coverage) GROUP BY 1 HAVING n > 0 ORDER BY 1"
@@ -312,29 +341,64 @@ class _Maker:
             "SELECT node, before, time_start FROM (SELECT node, time_start, "
             "lag(time_end) OVER (PARTITION BY node ORDER BY time_start) AS before FROM coverage) "
             f"WHERE time_start - before > INTERVAL {_GAP.total_seconds()} SECOND "
-            f"ORDER BY time_start LIMIT {_GAPS_MAX}"
+            "ORDER BY node, time_start"
         )
         problems = found.rows(
             "SELECT DISTINCT problem FROM coverage WHERE problem IS NOT NULL ORDER BY 1 LIMIT 5"
         )
         return Coverage(
             int(transactions or 0),
-            int(recorded or 0),
+            known,
             int(not_kept or 0),
             int(skipped or 0),
             {name: int(n) for name, n in lost},
             {name: int(n) for name, n in unmatched},
-            gaps,
+            self._gaps(gaps),
             [problem for (problem,) in problems],
             [(printable(str(path)), why) for path, why in found.unreadable],
+            sorted(found.pending),
             sum(map(len, found.files.values())),
         )
 
+    def _gaps(
+        self, gaps: Iterable[tuple[str, datetime, datetime]]
+    ) -> list[tuple[str, datetime, datetime, int]]:
+        """The longest ones, in order; with how many transactions are known of each, all the same."""
+        longest = sorted(_joined(gaps), key=lambda gap: gap[1] - gap[2])[:_GAPS_MAX]
+        told = []
+        for node, start, end in sorted(longest, key=lambda gap: (gap[1], gap[0])):
+            ((known,),) = self._found.rows(
+                "SELECT count(*) FROM transactions WHERE node = ? AND time >= ? AND time < ?",
+                [node, start, end],
+            )
+            told.append((node, start, end, int(known)))
+        return told
 
+
+_NAMESPACES = (
+    "SELECT DISTINCT client_namespace FROM histograms WHERE client_namespace IS NOT NULL "
+    "ORDER BY 1 LIMIT 20"
+)
 _NODES = (
     "SELECT node FROM (SELECT node FROM coverage UNION SELECT node FROM transactions UNION "
     "SELECT node FROM histograms) WHERE node IS NOT NULL ORDER BY node"
 )
+
+
+def _joined(
+    gaps: Iterable[tuple[str, datetime, datetime]],
+) -> Iterator[tuple[str, datetime, datetime]]:
+    """Of a node's gaps, in their order, those as one with next to nothing in between."""
+    last: tuple[str, datetime, datetime] | None = None
+    for node, start, end in gaps:
+        if last is not None and last[0] == node and start - last[2] < _GAP:
+            last = node, last[1], end
+            continue
+        if last is not None:
+            yield last
+        last = node, start, end
+    if last is not None:
+        yield last
 
 
 def _top(groups: Iterable[Group]) -> list[Group]:
@@ -362,11 +426,12 @@ def _times_of(
     buckets.sort()
     total = sum(count for _, _, count in buckets)
     values = total if values is None else values
+    fewest = _FEWEST if values == total else _FEWEST_OF_SAMPLE
     octaves: Counter[int] = Counter()
     for low, _, count in buckets:
         octaves[max(low, 1).bit_length() - 1] += count
     quantiles = tuple(
-        None if values < _FEWEST.get(share, 1) else quantile(buckets, total, share)
+        None if values < fewest.get(share, 1) else quantile(buckets, total, share)
         for share in SHARES
     )
     if max_ns is not None:

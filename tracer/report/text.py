@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 from rich.cells import cell_len
 
 from tracer.report.figures import SHARES
-from tracer.report.words import completeness, counted, notes
+from tracer.report.words import completeness, counted, notes, outcome, precision
 from tracer.show.cells import clean, duration, fit, fit_name
-from tracer.stages import ERROR, STAGE_NAMES
+from tracer.stages import STAGE_NAMES
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -51,11 +51,6 @@ def render(report: Report, width: int | None = _WIDTH) -> str:
     for name in ("pod", "backend", "server", "rcode", "type", "name"):
         if report.by[name]:
             lines += ["", *_groups(name, report.by[name], room)]
-    if any(_is_estimated(group) for groups in report.by.values() for group in groups):
-        lines += _note(
-            "'~': estimated from the transactions that were recorded one by one; from 100 of them, "
-            "give or take 20 %, and from fewer, more"
-        )
     if report.failures:
         lines += ["", *_failures(report, *rooms)]
     if report.slowest:
@@ -95,6 +90,8 @@ def _head(report: Report) -> Iterator[str]:
     yield f"{about}{counted(report.transactions, 'transaction')}" + (
         f": {statuses}" if statuses else ""
     )
+    if report.filters:
+        yield from _note(f"filters: {clean(report.filters)}")
     for note in notes(report):
         yield from _note(clean(note))
 
@@ -114,10 +111,8 @@ def _stages(report: Report) -> Iterator[str]:
             times = report.stages[name]
             yield _stage_line(_WORDS[name], times, whole_ns)
     yield _stage_line("all of it, to clients", report.total, 0)
-    error = f"percentiles are within {ERROR * 100:.1f} %; '-': too few to tell"
-    yield from _note(error)
-    if report.stages and not report.stages_counted and report.counted:
-        yield from _note("stages: estimated from the transactions that were recorded")
+    for said in precision(report):
+        yield from _note(said)
     yield ""
     yield f"{'':<21} {_axis()}"
     for name in STAGE_NAMES:
@@ -159,10 +154,6 @@ def _drawn(times: Times) -> str:
     )
 
 
-def _is_estimated(group: Group) -> bool:
-    return group.recorded is not None and group.recorded != group.count
-
-
 def _groups(name: str, groups: Sequence[Group], room: int) -> Iterator[str]:
     width = _NAME + room
     yield f"{_TITLES[name]:<{width}}{'COUNT':>10}{'FAILED':>9}{'P50':>9}{'P99':>9}{'MAX':>9}"
@@ -170,7 +161,7 @@ def _groups(name: str, groups: Sequence[Group], room: int) -> Iterator[str]:
     for group in groups:
         label = nobody if group.name is None else clean(group.name)
         cell = fit_name(label, width - 1) if name == "name" else fit(label, width - 1)
-        about = "~" if _is_estimated(group) else ""
+        about = "~" if group.is_estimated else ""
         p50, _, p99, _ = group.times.quantiles
         yield (
             f"{cell} {f'{about}{group.count:,}':>10}{group.failed:>9,}{duration(p50):>9}"
@@ -182,13 +173,13 @@ def _failures(report: Report, for_client: int, for_name: int) -> Iterator[str]:
     client, name = _CLIENT + for_client, _NAME - 1 + for_name
     yield f"{'FAILED':>8}  {'CLIENT':<{client + 1}}{'NAME':<{name + 1}}WHAT"
     for one in report.failures:
-        what = one.rcode if one.status == "answered" and one.rcode else one.status
-        if one.reason:
-            what += f": {clean(one.reason)}"
+        what, _, why = outcome(one).partition(": ")
         yield (
             f"{one.count:>8,}  {fit(clean(one.client or 'unknown'), client)} "
             f"{fit_name(clean(one.question or '-'), name)} {clean(what)}"
         )
+        if why:
+            yield from _wrap(clean(why), 10)
         if one.place:
             yield from _wrap(f"at {clean(one.place)}", 10)
 
