@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import orjson
 
 from tracer.report.export import to_json
-from tracer.report.words import completeness, notes, outcome, precision
+from tracer.report.words import completeness, marks, notes, outcome, precision
 
 if TYPE_CHECKING:
     from tracer.report.figures import Report
@@ -24,7 +24,7 @@ def render(report: Report) -> str:
     """The page. Whatever names hold stays text: scripts put it in as such."""
     said = {
         "notes": list(notes(report)),
-        "precision": list(precision(report)),
+        "precision": [*precision(report), *marks(report)],
         "outcomes": list(map(outcome, report.failures)),
         "completeness": list(completeness(report.coverage)),
     }

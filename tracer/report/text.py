@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from rich.cells import cell_len
 
 from tracer.report.figures import SHARES
-from tracer.report.words import completeness, counted, notes, outcome, precision
+from tracer.report.words import completeness, counted, marks, notes, outcome, precision
 from tracer.show.cells import clean, duration, fit, fit_name
 from tracer.stages import STAGE_NAMES
 
@@ -51,6 +51,8 @@ def render(report: Report, width: int | None = _WIDTH) -> str:
     for name in ("pod", "backend", "server", "rcode", "type", "name"):
         if report.by[name]:
             lines += ["", *_groups(name, report.by[name], room)]
+    for said in marks(report):
+        lines += _note(said)
     if report.failures:
         lines += ["", *_failures(report, *rooms)]
     if report.slowest:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from tracer.stages import ERROR
@@ -48,11 +49,15 @@ def notes(report: Report) -> Iterator[str]:
 def precision(report: Report) -> Iterator[str]:
     """How far figures may be off."""
     if report.counted:
-        yield f"percentiles are within {ERROR * 100:.1f} %; '-': too few to tell"
+        yield f"percentiles are within {math.ceil(ERROR * 1000) / 10} %; '-': too few to tell"
     else:
         yield "percentiles are of the transactions that were recorded; '-': too few to tell"
     if report.stages and not report.stages_counted and report.counted:
         yield "stages: estimated from the transactions that were recorded"
+
+
+def marks(report: Report) -> Iterator[str]:
+    """What the marks beside figures mean."""
     if any(group.is_estimated for groups in report.by.values() for group in groups):
         yield (
             "'~': estimated from the transactions that were recorded one by one; from 100 of "
