@@ -70,7 +70,7 @@ def _report(way: Way) -> int:
     if "MISSING" in states:
         _write("", "This host cannot be traced yet: see MISSING.")
         return _UNSUPPORTED
-    _write("", f"This host can be traced{', but for the notes' if 'note' in states else ''}.")
+    _write("", f"This host can be traced{', apart from the notes' if 'note' in states else ''}.")
     return _OK
 
 

@@ -39,8 +39,8 @@ def _containers() -> Finding:
     finally:
         local.close()
     detail = (
-        f"{len(found)} in {pods} pods, of which this node's own files name {named}; "
-        f"changes are learned of in {how or 'no hierarchy'}"
+        f"{len(found)} in {pods} pods; without an API server or --pods, this node's own files "
+        f"name {named} of them; changes are learned of in {how or 'no hierarchy'}"
     )
     return Finding("containers", "ok" if how else "note", detail)
 
