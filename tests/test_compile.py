@@ -26,6 +26,18 @@ _Static_assert(LINUX_VERSION_CODE >> 16 == {os.uname().release.split(".")[0]}, "
 """
 
 
+@pytest.fixture(scope="module")
+def first(root: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[Object, Path]:
+    """What is compiled for SIZES, and the file that keeps it."""
+    del root
+    directory = tmp_path_factory.mktemp("first") / "kept"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(compiled.ELSEWHERE, str(directory))
+        made = built()
+    (file,) = directory.iterdir()
+    return made, file
+
+
 @pytest.fixture(autouse=True)
 def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where what is compiled is kept."""
@@ -90,6 +102,14 @@ def test_unknown_machine_is_an_error_that_names_it() -> None:
         CompileError, match=r"riscv64 get their arguments is not known; use --hooks"
     ):
         Compilation(SIZES, kprobes=True, target=riscv).result()
+
+
+def put(first: tuple[Object, Path], kept: Path) -> Path:
+    """Keeps it there, too: that file."""
+    kept.mkdir(mode=0o700)
+    file = kept / first[1].name
+    shutil.copy(first[1], file)
+    return file
 
 
 def built(sizes: dict[str, int] = SIZES, *, afresh: bool = False) -> Object:
@@ -159,10 +179,9 @@ def test_name_tells_of_everything_that_matters(
 @pytest.mark.usefixtures("root")
 @pytest.mark.parametrize("name", ["MAPS", "PROGRAMS", "_headers", "source_text"])
 def test_name_depends_on_what_is_compiled_and_how_it_is_kept(
-    name: str, kept: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, kept: Path, first: tuple[Object, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    built()
-    (before,) = kept.iterdir()
+    before = put(first, kept)
     own = getattr(compile_, name)
     if name == "MAPS":
         changed: object = (own[1], own[0], *own[2:])
@@ -183,9 +202,10 @@ def test_name_depends_on_what_is_compiled_and_how_it_is_kept(
     ["cut short", "empty", "zeros", "a bit", "another's directory", "a directory for all",
      "another's file", "a file for all", "a link", "a pipe"],
 )  # fmt: skip
-def test_what_cannot_be_trusted_is_compiled_again(kept: Path, damage: str) -> None:
-    first = built()
-    (file,) = kept.iterdir()
+def test_what_cannot_be_trusted_is_compiled_again(
+    kept: Path, first: tuple[Object, Path], damage: str
+) -> None:
+    file = put(first, kept)
     content = file.read_bytes()
     if damage == "another's directory":
         os.chown(kept, 1, 1)
@@ -206,7 +226,7 @@ def test_what_cannot_be_trusted_is_compiled_again(kept: Path, damage: str) -> No
     else:
         file.write_bytes({"cut short": content[:-9], "empty": b"", "zeros": bytes(99)}[damage])
     assert compiled.find(file.name) is None
-    assert built().instructions == first.instructions
+    assert built().instructions == first[0].instructions
     if "directory" not in damage:  # then it is good again
         assert compiled.find(file.name) is not None
 
@@ -217,15 +237,14 @@ def test_what_cannot_be_trusted_is_compiled_again(kept: Path, damage: str) -> No
     ids=str,
 )  # fmt: skip
 def test_maps_that_cannot_be_made_are_left_to_the_compiler(
-    kept: Path, change: dict[str, Any] | None
+    kept: Path, first: tuple[Object, Path], change: dict[str, Any] | None
 ) -> None:
-    first = built()
-    (file,) = kept.iterdir()
+    file = put(first, kept)
     found = compiled.find(file.name)
     assert found is not None
     strange = [found.maps[-1]._replace(**change)] if change else []
     compiled.keep(file.name, found._replace(maps=(*found.maps[:-1], *strange)))
-    assert built().instructions == first.instructions
+    assert built().instructions == first[0].instructions
     assert compiled.find(file.name) == found
 
 
