@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-from tracer.kernel.compiled import ELSEWHERE
+from tracer.kernel.code_cache import DIRECTORY_VARIABLE
 
 # By default the same examples are tried each time, so that a run says the same twice.
 settings.register_profile("repeatable", derandomize=True, deadline=None)
@@ -18,7 +18,7 @@ settings.load_profile("repeatable")
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """What is compiled here is kept for these tests, and not for a tracer of this machine."""
-    os.environ[ELSEWHERE] = str(tmp_path_factory.mktemp("compiled") / "kept")
+    os.environ[DIRECTORY_VARIABLE] = str(tmp_path_factory.mktemp("compiled") / "kept")
 
 
 @pytest.fixture(scope="session")

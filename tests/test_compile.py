@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tracer.kernel import bpf, compiled
+from tracer.kernel import bpf, code_cache
 from tracer.kernel import compile as compile_
 from tracer.kernel.bpf import MapShape
 from tracer.kernel.compile import MAPS, Compilation, CompileError, Object, Target
@@ -32,7 +32,7 @@ def first(root: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[Object,
     del root
     directory = tmp_path_factory.mktemp("first") / "kept"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(compiled.ELSEWHERE, str(directory))
+        patch.setenv(code_cache.DIRECTORY_VARIABLE, str(directory))
         made = built()
     (file,) = directory.iterdir()
     return made, file
@@ -42,7 +42,7 @@ def first(root: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[Object,
 def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where what is compiled is kept."""
     directory = tmp_path / "kept"
-    monkeypatch.setenv(compiled.ELSEWHERE, str(directory))
+    monkeypatch.setenv(code_cache.DIRECTORY_VARIABLE, str(directory))
     return directory
 
 
@@ -159,9 +159,9 @@ def test_name_tells_of_everything_that_matters(
         (tmp_path / name).touch()
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "bcc", raising=False)
-    monkeypatch.setattr(compiled, "_LIBRARIES", tmp_path / "libraries")
-    before = compiled.name_of(INPUTS)
-    assert compiled.name_of(INPUTS) == before
+    monkeypatch.setattr(code_cache, "_LIBRARIES", tmp_path / "libraries")
+    before = code_cache.name_of(INPUTS)
+    assert code_cache.name_of(INPUTS) == before
     inputs = list(INPUTS)
     if change == "an input":
         inputs[1] = "-DSLOTS=9"
@@ -170,10 +170,10 @@ def test_name_tells_of_everything_that_matters(
     elif change == "where one ends":
         inputs = ["x86_64-DSLOTS=8", "", "int x;"]
     elif change == "the form":
-        monkeypatch.setattr(compiled, "_FORM", "0")
+        monkeypatch.setattr(code_cache, "_FORM", "0")
     else:
         os.utime(tmp_path / {"BCC": "bcc/version.py", "a library": "libraries"}[change], (1, 1))
-    assert compiled.name_of(inputs) != before
+    assert code_cache.name_of(inputs) != before
 
 
 @pytest.mark.usefixtures("root")
@@ -225,10 +225,10 @@ def test_what_cannot_be_trusted_is_compiled_again(
         file.write_bytes(content.replace(b"5", b"4", 1))
     else:
         file.write_bytes({"cut short": content[:-9], "empty": b"", "zeros": bytes(99)}[damage])
-    assert compiled.find(file.name) is None
+    assert code_cache.find(file.name) is None
     assert built().instructions == first[0].instructions
     if "directory" not in damage:  # then it is good again
-        assert compiled.find(file.name) is not None
+        assert code_cache.find(file.name) is not None
 
 
 @pytest.mark.usefixtures("root")
@@ -240,12 +240,12 @@ def test_maps_that_cannot_be_made_are_left_to_the_compiler(
     kept: Path, first: tuple[Object, Path], change: dict[str, Any] | None
 ) -> None:
     file = put(first, kept)
-    found = compiled.find(file.name)
+    found = code_cache.find(file.name)
     assert found is not None
     strange = [found.maps[-1]._replace(**change)] if change else []
-    compiled.keep(file.name, found._replace(maps=(*found.maps[:-1], *strange)))
+    code_cache.keep(file.name, found._replace(maps=(*found.maps[:-1], *strange)))
     assert built().instructions == first[0].instructions
-    assert compiled.find(file.name) == found
+    assert code_cache.find(file.name) == found
 
 
 @pytest.mark.usefixtures("root")
@@ -254,7 +254,7 @@ def test_where_nothing_can_be_kept_programs_are_compiled(
     where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "a file").touch()
-    monkeypatch.setenv(compiled.ELSEWHERE, str(tmp_path / where) if where else "")
+    monkeypatch.setenv(code_cache.DIRECTORY_VARIABLE, str(tmp_path / where) if where else "")
     assert built().instructions
     assert [path.name for path in tmp_path.iterdir()] == ["a file"]
 
@@ -262,9 +262,9 @@ def test_where_nothing_can_be_kept_programs_are_compiled(
 @pytest.mark.usefixtures("root")
 def test_what_cannot_be_written_can_be_read(kept: Path) -> None:
     kept.mkdir(mode=0o700)
-    compiled.keep("x.json", compiled.Compiled({"one": bytes(8)}, (SHAPE,)))
+    code_cache.keep("x.json", code_cache.Code({"one": bytes(8)}, (SHAPE,)))
     read_only = 'mount --bind "$1" "$1"; mount -o remount,bind,ro "$1"; shift; exec "$@"'
-    told = "from tracer.kernel import compiled; print(compiled.find('x.json').maps[0].name)"
+    told = "from tracer.kernel import code_cache; print(code_cache.find('x.json').maps[0].name)"
     said = subprocess.check_output(
         ["unshare", "--mount", "sh", "-ec", read_only, "sh", kept, sys.executable, "-c", told],
         text=True,
@@ -277,14 +277,14 @@ SHAPE = MapShape(1, 4, 4, 1, 0, "one")
 
 def test_few_files_are_kept_and_those_used_last(kept: Path) -> None:
     for number in range(20):
-        compiled.keep(f"{number}.json", compiled.Compiled({"one": bytes(8)}, (SHAPE,)))
+        code_cache.keep(f"{number}.json", code_cache.Code({"one": bytes(8)}, (SHAPE,)))
         os.utime(kept / f"{number}.json", (number, number))
-        assert compiled.find("0.json") == compiled.Compiled({"one": bytes(8)}, (SHAPE,))
+        assert code_cache.find("0.json") == code_cache.Code({"one": bytes(8)}, (SHAPE,))
     (kept / ".old.part").touch()
     os.utime(kept / ".old.part", (1, 1))
     (kept / ".new.part").touch()
     (kept / "directory.json").mkdir()
-    compiled.keep("20.json", compiled.Compiled({}, ()))
+    code_cache.keep("20.json", code_cache.Code({}, ()))
     left = {path.name for path in kept.iterdir()}
     assert left == {
         "directory.json", ".new.part", "0.json", "20.json", *(f"{n}.json" for n in range(14, 20)),
@@ -293,8 +293,8 @@ def test_few_files_are_kept_and_those_used_last(kept: Path) -> None:
 
 def test_what_was_just_written_stays_whatever_the_clock_said(kept: Path) -> None:
     for number in range(8):
-        compiled.keep(f"{number}.json", compiled.Compiled({}, ()))
+        code_cache.keep(f"{number}.json", code_cache.Code({}, ()))
         os.utime(kept / f"{number}.json", (1 << 33, 1 << 33))
-    compiled.keep("new.json", compiled.Compiled({}, ()))
-    assert compiled.find("new.json") == compiled.Compiled({}, ())
+    code_cache.keep("new.json", code_cache.Code({}, ()))
+    assert code_cache.find("new.json") == code_cache.Code({}, ())
     assert len(list(kept.iterdir())) == 8

@@ -19,7 +19,7 @@ from tests.api_server import ApiServer
 from tests.asking import dig
 from tests.counting import running
 from tracer import arguments
-from tracer.kernel.compiled import ELSEWHERE
+from tracer.kernel.code_cache import DIRECTORY_VARIABLE
 from tracer.kernel.host import CAPABILITIES
 from tracer.lab import Lab
 
@@ -127,7 +127,7 @@ def test_with_these_capabilities_all_is_traced(
     root: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     del root
-    monkeypatch.setenv(ELSEWHERE, str(tmp_path / "kept"))  # compiling needs some, too
+    monkeypatch.setenv(DIRECTORY_VARIABLE, str(tmp_path / "kept"))  # compiling needs some, too
     lab = Lab()
     lab.up()
     names = sorted(capabilities("unit"))

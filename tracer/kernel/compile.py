@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Compiles bpf/ with BCC, without kernel headers, in a child process that then goes away.
 
 LLVM takes more memory than all the rest of the tracer, and gives none of it back. So a forked
@@ -5,7 +6,7 @@ child compiles, creates the maps, and hands over the instructions and the maps' 
 
 BCC wants a kernel source tree for a handful of definitions; it gets bpf/kernel/, which has just
 these. Everything about the kernel's own structs comes from its BTF (see offsets.py). What was
-compiled before is not compiled again (see compiled.py).
+compiled before is not compiled again (see code_cache.py).
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tracer.kernel import bpf, compiled, host
+from tracer.kernel import bpf, code_cache, host
 from tracer.kernel.bpf import SYSCALL_NUMBERS, BpfError
 from tracer.kernel.btf import VMLINUX, Btf, BtfError
 from tracer.kernel.offsets import UnknownMachine, kernel_offsets
@@ -147,8 +148,8 @@ def source_text() -> str:
 class Compilation:
     """A compilation under way in a child process. `sizes` are those of maps (see bpf/maps.h).
 
-    `more` is C that is compiled along, such as assertions. `afresh`: whatever was compiled before. Start it before anything else is
-    imported or any thread runs: the child is a fork.
+    `more` is C that is compiled along, such as assertions. `afresh`: it is compiled even if it was
+    before. Start it before anything else is imported or any thread runs: the child is a fork.
     """
 
     def __init__(
@@ -220,7 +221,7 @@ def _compile_in_child(
             offsets = kernel_offsets(btf, kprobes=kprobes, machine=target.machine)
             macros = {**offsets, **sizes, **_kernel_macros()}
             text = source_text() + more
-            instructions, fds = _compiled(text, macros, flags, target.machine, afresh=afresh)
+            instructions, fds = _code_for(text, macros, flags, target.machine, afresh=afresh)
             reasons = btf.enumerators("skb_drop_reason").items()
             answer = (instructions, {n: r.removeprefix("SKB_DROP_REASON_") for n, r in reasons})
         except UnknownMachine as error:
@@ -271,21 +272,21 @@ def _prepare_environment(machine: str) -> list[str]:
     return ["-fcf-protection=none"]  # BCC for x86 asks for it, whatever the target
 
 
-def _compiled(
+def _code_for(
     text: str, macros: Mapping[str, int], flags: Iterable[str], machine: str, *, afresh: bool
 ) -> tuple[Mapping[str, bytes], list[int]]:
     """Programs, and maps in the order of MAPS."""
     # Without debugging information (-g0) it takes a fifth less.
     arguments = ["-Wno-unknown-warning-option", "-g0", *flags]
     arguments += [f"-D{name}={value}" for name, value in macros.items()]
-    name = compiled.name_of([*MAPS, *PROGRAMS, machine, *arguments, *_headers(), text])
-    kept = None if afresh else compiled.find(name)
+    name = code_cache.name_of([*MAPS, *PROGRAMS, machine, *arguments, *_headers(), text])
+    kept = None if afresh else code_cache.find(name)
     if kept is not None and len(kept.maps) == len(MAPS):
         host.raise_limits()
         with suppress(BpfError, struct.error, TypeError, AttributeError):  # BCC says more
             return kept.instructions, _made(kept.maps)
     code, fds = _compile(text, arguments, macros)
-    compiled.keep(name, compiled.Compiled(code, tuple(map(bpf.map_shape, fds))))
+    code_cache.keep(name, code_cache.Code(code, tuple(map(bpf.map_shape, fds))))
     return code, fds
 
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
 DIRECTORY = Path("/var/cache/dnstrace")
-ELSEWHERE = "DNSTRACE_CACHE"  # an environment variable: another directory, or "" for none
+DIRECTORY_VARIABLE = "DNSTRACE_CACHE"  # of the environment: another directory, or "" for none
 _FORM = "1"  # of files
 _FILES_MAX = 8
 _FILE_LEN_MAX = 4 << 20
@@ -32,7 +32,7 @@ _PART_S = 600.0  # what takes longer to be written was never finished
 _LIBRARIES = Path("/etc/ld.so.cache")  # is written whenever a shared library is installed
 
 
-class Compiled(NamedTuple):
+class Code(NamedTuple):
     """Instructions of programs, in which maps stand by their position in `maps`."""
 
     instructions: Mapping[str, bytes]
@@ -54,7 +54,7 @@ def name_of(inputs: Iterable[str]) -> str:
     return f"{hashlib.sha256(said).hexdigest()}.json"
 
 
-def find(name: str) -> Compiled | None:
+def find(name: str) -> Code | None:
     """What was kept under that name. None if nothing was, or if others could have written it."""
     try:
         where = _opened()
@@ -71,14 +71,14 @@ def find(name: str) -> Compiled | None:
         return None
     finally:
         os.close(where)
-    return Compiled(instructions, maps)
+    return Code(instructions, maps)
 
 
-def keep(name: str, compiled: Compiled) -> None:
+def keep(name: str, code: Code) -> None:
     """For the next start."""
     content = orjson.dumps({
-        "instructions": {key: code.hex() for key, code in compiled.instructions.items()},
-        "maps": [list(shape) for shape in compiled.maps],
+        "instructions": {key: each.hex() for key, each in code.instructions.items()},
+        "maps": [list(shape) for shape in code.maps],
     })  # fmt: skip
     with suppress(OSError):
         with suppress(FileExistsError):
@@ -93,11 +93,11 @@ def keep(name: str, compiled: Compiled) -> None:
 
 def _directory() -> Path:
     """Raises OSError if nothing is to be kept."""
-    elsewhere = os.environ.get(ELSEWHERE)
+    elsewhere = os.environ.get(DIRECTORY_VARIABLE)
     if elsewhere is None:
         return DIRECTORY
     if not elsewhere:
-        raise FileNotFoundError(f"{ELSEWHERE} is empty")
+        raise FileNotFoundError(f"{DIRECTORY_VARIABLE} is empty")
     return Path(elsewhere)
 
 
