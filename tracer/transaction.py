@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the stages hand to one another: a DNS transaction, its hops, and an application's lookup.
 
 Times are in nanoseconds. `None` is unknown. Field names and meanings are those of the JSON lines

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The bpf(2) system call: maps, programs and links as file descriptors.
 
 Only what the tracer uses. Layouts are those of `union bpf_attr` in the kernel's

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The running kernel's own description of its types (BTF).
 
 The layout of kernel structs differs from kernel to kernel. Instead of the kernel's headers, which

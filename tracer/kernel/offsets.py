@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which members of kernel structs the programs read, as macros for bpf/."""
 
 from __future__ import annotations
