@@ -12,6 +12,7 @@ compiled before is not compiled again (see code_cache.py).
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import pickle
 import platform
@@ -236,17 +237,17 @@ def _compile_in_child(
         except Exception as error:  # noqa: BLE001 - whatever it is, the parent must hear of it
             complaints.seek(0)
             said = complaints.read().decode(errors="replace").strip()
-            answer = f"BCC cannot compile the programs: {error}\n{said}".strip() + _locked()
+            answer = f"BCC cannot compile the programs: {error}\n{said}".strip() + _locked(said)
         payload = pickle.dumps(answer)
         channel.sendall(struct.pack("=I", len(payload)) + payload)
         socket.send_fds(channel, [b"f"], fds)
     os._exit(0)
 
 
-def _locked() -> str:
-    """What may be the reason, before 5.11, that there is no room for maps."""
+def _locked(said: str) -> str:
+    """What may be the reason, before 5.11, that maps are refused."""
     locked, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
-    if locked == resource.RLIM_INFINITY:
+    if locked == resource.RLIM_INFINITY or os.strerror(errno.EPERM) not in said:
         return ""
     return (
         f"\n(locked memory is limited to {locked >> 10} KiB, and before 5.11 maps count as such: "
