@@ -6,8 +6,8 @@ from __future__ import annotations
 import random
 from collections import Counter
 
-from tracer.continuous import names
-from tracer.continuous.names import TopNames
+from tracer.continuous import top_names
+from tracer.continuous.top_names import TopNames
 
 
 def test_the_most_asked_are_told_however_many_names_there_are() -> None:
@@ -67,7 +67,7 @@ def test_what_comes_once_is_never_told() -> None:
 def test_flood_of_names_does_not_hide_those_that_are_known() -> None:
     top = TopNames(2)
     for interval in range(100):
-        for number in range(2 * names._FRESH_MAX if interval else 0):
+        for number in range(2 * top_names._FRESH_MAX if interval else 0):
             top.add(f"{interval}-{number}.example.", 1)
         for name in ("a.example.", "b.example."):
             for _ in range(5):
@@ -79,8 +79,8 @@ def test_flood_of_names_does_not_hide_those_that_are_known() -> None:
 def test_room_is_bounded() -> None:
     top = TopNames(3)
     for interval in range(3):
-        for number in range(3 * names._FRESH_MAX):
+        for number in range(3 * top_names._FRESH_MAX):
             top.add(f"{interval}-{number}.example.", 1)
-        assert len(top._fresh) <= names._FRESH_MAX + 3 * names._CANDIDATES
+        assert len(top._fresh) <= top_names._FRESH_MAX + 3 * top_names._CANDIDATES
         assert not top.turn()
-        assert len(top._candidates) == 3 * names._CANDIDATES
+        assert len(top._candidates) == 3 * top_names._CANDIDATES

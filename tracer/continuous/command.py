@@ -13,9 +13,9 @@ from tracer.continuous.budget import Budget
 from tracer.continuous.log import log
 from tracer.continuous.loop import Continuous
 from tracer.continuous.metrics import STALE_S, Figures
-from tracer.continuous.names import TopNames
 from tracer.continuous.recorder import Recorder, RecorderError
 from tracer.continuous.server import Server
+from tracer.continuous.top_names import TopNames
 from tracer.continuous.usage import cpu_s
 from tracer.kernel.session import Keeping
 from tracer.transaction import Backend as TransactionBackend

@@ -11,6 +11,7 @@ from tracer.run import losses
 
 if TYPE_CHECKING:
     from tracer.connections import Connections
+    from tracer.continuous.budget import Budget
     from tracer.continuous.recorder import Recorder
     from tracer.kernel.session import Session
     from tracer.run import Totals
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class Coverage:
-    """Since the start. `wants_some`: transactions are to leave the kernel; else none is spared.
+    """Since the start. Where no transaction is to leave the kernel, none is spared.
 
     `own_not_kept` and `own_skipped` are of transactions that the kernel does not end: ordinary
     ones, and others.
@@ -29,7 +30,7 @@ class Coverage:
     connections: Connections
     tally: Tally
     recorder: Recorder | None
-    wants_some: bool
+    budget: Budget
     own_not_kept: int = 0
     own_skipped: int = 0
     _told: dict[str, int] = field(default_factory=dict)  # by the interval before
@@ -47,7 +48,7 @@ class Coverage:
 
     def spared(self) -> tuple[int, int]:
         """How many transactions did not leave the kernel: ordinary ones, and others."""
-        if not self.wants_some:
+        if not self.budget.asked.any:
             return 0, 0
         counters = self.session.counters()
         return (
@@ -61,7 +62,6 @@ class Coverage:
         totals: Totals,
         interval_ns: tuple[int, int],
         transactions: int,
-        sample: int,
         problem: str | None,
     ) -> None:
         """Writes what has come to it in an interval (start, end; since 1970)."""
@@ -82,7 +82,7 @@ class Coverage:
             "recorded": fresh["recorded"],
             "not_kept": fresh["not_kept"],
             "skipped": fresh["skipped"],
-            "sample": sample,
+            "sample": self.budget.keeping.share,
             "lost": {kind: fresh[f"lost {kind}"] for kind in lost},
             "unmatched": {kind: fresh[f"unmatched {kind}"] for kind in unmatched},
             "problem": problem,

@@ -50,8 +50,8 @@ if TYPE_CHECKING:
     from tracer.continuous.budget import Budget
     from tracer.continuous.labels import Labels
     from tracer.continuous.metrics import Figures
-    from tracer.continuous.names import TopNames
     from tracer.continuous.recorder import Recorder
+    from tracer.continuous.top_names import TopNames
     from tracer.kernel.session import Session
     from tracer.run import Stop
     from tracer.transaction import Transaction
@@ -112,9 +112,8 @@ class Continuous:
         self._late = LateNames(names, _UNNAMED_MAX)
         self._connections = Connections(self.timeout_ns)
         self._room = ConnectionRoom(self.session, self._connections)
-        wants_some = self.recorder is not None or self.top_names.most > 0
         self._coverage = Coverage(
-            self.session, self._connections, self._tally, self.recorder, wants_some
+            self.session, self._connections, self._tally, self.recorder, self.budget
         )
         self._aggregates = Aggregates(self.session.built.map_fds)
         self._books = (
@@ -239,8 +238,7 @@ class Continuous:
         notable = int(self._notable(slots_of(records)).sum())
         self._notable_left += notable
         self._ordinary_left += len(records) - notable
-        if self._coverage.wants_some:
-            self._write(self._late.hold(records))
+        self._write(self._late.hold(records))
 
     def _name_late(self, now_ns: int, *, at_once: bool = False) -> None:
         for records in self._late.due(now_ns, at_once=at_once):
@@ -334,7 +332,6 @@ class Continuous:
             self.totals,
             (self._interval_ns, now_ns),
             transactions,
-            self.budget.keeping.share,
             self.source.problem(),
         )
 

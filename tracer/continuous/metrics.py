@@ -153,7 +153,7 @@ class Figures:
         return b"".join(parts)
 
     def _copy(self) -> tuple[list[_Family], list[Metric]]:
-        """Histograms, and all else. As it is now, so that no scrape holds up the tracing thread for long."""
+        """Histograms, and all else, as it is now: no scrape holds up the tracing thread for long."""
         with self._lock:
             latencies = [(key, one.copy()) for key, one in self._latencies.items()]
             stages = [

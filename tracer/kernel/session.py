@@ -77,6 +77,11 @@ class Keeping:
     share: int = 1
     notable_share: int = 1
 
+    @property
+    def any(self) -> bool:
+        """Whether any leaves."""
+        return bool(self.share or self.notable_share)
+
 
 KEEP_ALL = Keeping()
 
