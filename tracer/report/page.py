@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import orjson
 
 from tracer.report.export import to_json
-from tracer.report.words import completeness, marks, notes, outcome, precision
+from tracer.report.words import STAGES, completeness, marks, notes, outcome, precision
 
 if TYPE_CHECKING:
     from tracer.report.figures import Report
@@ -23,6 +23,7 @@ _UNSAFE = re.compile("[<>&\u2028\u2029]")
 def render(report: Report) -> str:
     """The page. Whatever names hold stays text: scripts put it in as such."""
     said = {
+        "stage_words": STAGES,
         "notes": list(notes(report)),
         "precision": [*precision(report), *marks(report)],
         "outcomes": list(map(outcome, report.failures)),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from rich.cells import cell_len
 
 from tracer.report.figures import SHARES
-from tracer.report.words import completeness, counted, marks, notes, outcome, precision
+from tracer.report.words import STAGES, completeness, counted, marks, notes, outcome, precision
 from tracer.show.cells import clean, duration, fit, fit_name
 from tracer.stages import STAGE_NAMES
 
@@ -29,17 +29,6 @@ _TITLES = {
     "pod": "CLIENT POD", "name": "NAME", "server": "SERVER", "backend": "BACKEND", "type": "TYPE",
     "rcode": "RCODE",
 }  # fmt: skip
-_WORDS = {
-    "application_send": "application sends",
-    "node": "this node, NAT",
-    "network": "network",
-    "server_queue": "server's queue",
-    "server": "server",
-    "upstream": "upstream",
-    "return": "way back",
-    "wake_up": "application wakes up",
-    "remote": "beyond this node",
-}
 
 
 def render(report: Report, width: int | None = _WIDTH) -> str:
@@ -111,7 +100,7 @@ def _stages(report: Report) -> Iterator[str]:
     for name in STAGE_NAMES:
         if name in report.stages:
             times = report.stages[name]
-            yield _stage_line(_WORDS[name], times, whole_ns)
+            yield _stage_line(STAGES[name], times, whole_ns)
     yield _stage_line("all of it, to clients", report.total, 0)
     for said in precision(report):
         yield from _note(said)
@@ -119,7 +108,7 @@ def _stages(report: Report) -> Iterator[str]:
     yield f"{'':<21} {_axis()}"
     for name in STAGE_NAMES:
         if name in report.stages:
-            yield f"{_WORDS[name]:<21} {_drawn(report.stages[name])}"
+            yield f"{STAGES[name]:<21} {_drawn(report.stages[name])}"
     yield f"{'all of it, to clients':<21} {_drawn(report.total)}"
 
 
@@ -204,7 +193,7 @@ def _slowest(report: Report, for_client: int, for_name: int) -> Iterator[str]:
         took = sorted(
             ((ns, name) for name, ns in (one["stages"] or {}).items() if ns), reverse=True
         )
-        parts = ", ".join(f"{duration(ns)} {_WORDS[name]}" for ns, name in took[:3])
+        parts = ", ".join(f"{duration(ns)} {STAGES[name]}" for ns, name in took[:3])
         yield from _wrap(f"answered by {clean(by)}" + (f": {parts}" if parts else ""), 10)
 
 

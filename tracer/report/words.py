@@ -13,6 +13,18 @@ if TYPE_CHECKING:
 
     from tracer.report.figures import Coverage, Failure, Report
 
+STAGES = {
+    "application_send": "application sends",
+    "node": "this node, NAT",
+    "network": "network",
+    "server_queue": "server's queue",
+    "server": "server",
+    "upstream": "upstream",
+    "return": "way back",
+    "wake_up": "application wakes up",
+    "remote": "beyond this node",
+}
+
 
 def counted(number: int, what: str) -> str:
     """1 thing, 2 things."""
