@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from tests.asking import log_entries
 from tests.tracing import Trace, capturing, exchanges, tcp_messages, tracing
 from tracer.lab import Lab
 
@@ -49,7 +50,7 @@ def seen_outside(pcap: Path, lab: Lab, name: str) -> tuple[set[int], set[int]]:
 
     By id: a client's own is never in the outside server's log, but by chance.
     """
-    log = lab.query_log("upstream").read_text()
+    there = {entry.id for entry in log_entries(lab, "upstream", name.rstrip("."))}
     asked, answered = set(), set()
     for e in exchanges(pcap):
         if e.name == name:
@@ -58,8 +59,7 @@ def seen_outside(pcap: Path, lab: Lab, name: str) -> tuple[set[int], set[int]]:
     for m in tcp_messages(pcap):
         if m.name == name:
             (answered if m.is_response else asked).add(m.id)
-    logged = {number for number in asked if f" {number} " in log}
-    return logged & answered, asked - answered
+    return there & asked & answered, asked - answered
 
 
 def test_each_of_several_slow_names_has_what_was_asked_for_it(lab: Lab, tmp_path: Path) -> None:

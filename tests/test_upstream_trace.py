@@ -170,15 +170,18 @@ def test_only_what_has_one_possible_reason_is_told_as_because_of_it(
             ask_at_once(lab, replica, [(slow_name(), "+notcp")])
     checked = Counter[str]()
     for asked_name in {t["name"] for t in told[0].transactions}:
-        spans = {e.id: e for e in exchanges(pcap) if e.name == asked_name}
+        seen = [e for e in exchanges(pcap) if e.name == asked_name]
+        spans = {(e.id, e.server == OUTSIDE_IP): e for e in seen}
         clients = told[0].named(asked_name)
         outside = [e.id for e in log_entries(lab, "upstream", asked_name.rstrip("."))]
         assert len(spans) == len(clients) + len(outside)
         for number in outside:
             # Sockets have a query later than the device, and give an answer earlier: they agree
             # with fewer reasons than the capture does, never with others.
-            possible = [t for t in clients if is_within(spans[number], spans[t["id"]], CLOCK_S)]
-            certain = [t for t in clients if is_within(spans[number], spans[t["id"]], -BUSY_S)]
+            asked = spans[number, True]
+            waiting = [(t, spans[t["id"], False]) for t in clients]
+            possible = [t for t, span in waiting if is_within(asked, span, CLOCK_S)]
+            certain = [t for t, span in waiting if is_within(asked, span, -BUSY_S)]
             by = [t for t in clients if number in [query["id"] for query in t["upstream"]]]
             if len(possible) == 1:
                 assert by == possible

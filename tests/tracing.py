@@ -111,6 +111,7 @@ class Exchange(NamedTuple):
     rcode: str | None
     query_s: float
     latency_s: float | None
+    server: str  # the address that was asked
 
 
 @contextmanager
@@ -156,6 +157,7 @@ def exchanges(pcap: Path) -> list[Exchange]:
                 None,
                 time_s,
                 None,
+                str(ipaddress.ip_address(target)),
             )
             earlier = queries.pop((source, sport, dns_message.id), None)
             if earlier:

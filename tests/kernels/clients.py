@@ -88,7 +88,7 @@ def path(world: World) -> Check:
 
     def check(seen: Seen) -> None:
         told = [t for t in seen.named(name) if t["backend"]["ip"] == remote.ipv4]
-        arrivals = {e.id: e.query_s for e in world.witnessed(remote.full_name) if e.name == name}
+        arrivals = {e.id: e.query_s for e in world.arrived(remote) if e.name == name}
         assert {t["id"] for t in told} == arrivals.keys()
         assert told
         for t in told:
@@ -180,7 +180,7 @@ def answered_by(world: World, t: Mapping[str, Any]) -> str:
     (ip,) = [
         pod.ipv4
         for pod in world.lab.dns_pods
-        for e in world.witnessed(pod.full_name)
+        for e in world.arrived(pod)
         if (e.id, e.name) == (t["id"], t["name"])
     ]
     return str(ip)

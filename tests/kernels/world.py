@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from tests.tracing import Exchange, Trace, exchanges
-from tracer.lab.lab import enter_node
+from tracer.lab.lab import RunningPod, enter_node
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -111,6 +111,11 @@ class World:
         if pod not in self._read:
             self._read[pod] = exchanges(self.pcaps[pod])
         return self._read[pod]
+
+    def arrived(self, replica: RunningPod) -> list[Exchange]:
+        """What tcpdump saw a DNS server's pod asked, without what that asked others itself."""
+        own = {replica.ipv4, replica.ipv6}
+        return [e for e in self.witnessed(replica.full_name) if e.server in own]
 
     def replica(self, node: str) -> Any:
         """The DNS server's pod on a node."""
