@@ -317,6 +317,16 @@ def test_budget_is_not_sought_where_it_is_not_spent() -> None:
     assert budget.used == pytest.approx(0.02)
 
 
+def test_budget_is_not_sought_in_a_handful() -> None:
+    """Barely over it, a few transactions a second are not what to save at."""
+    clock = Clock()
+    asked = Keeping(slower_ns=5, share=1, notable_share=1)
+    budget = Budget(0.01, asked, clock)
+    for second in range(100):
+        clock.cpu_s += 0.0101
+        assert budget.look(float(second), second, second) == asked
+
+
 def test_budget_that_is_nearly_used_changes_nothing() -> None:
     clock = Clock()
     budget = Budget(0.01, Keeping(share=10), clock)

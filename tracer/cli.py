@@ -267,7 +267,8 @@ def _trace_until(
         )  # fmt: skip
         trace.run()
         trace.totals.names_problem = names.source.problem()
-        output.finish(session, trace.totals)
+        with stop.writing():
+            output.finish(session, trace.totals)
     finally:
         session.close()
         stop.done()

@@ -22,7 +22,7 @@ _POLL_S = 0.1  # between two looks at containers, as long as nobody asks anythin
 _SELECT_S = 0.1  # between two changes of what the kernel is told
 _NODES_S = 10.0
 _NODES_KNOWN_S = 60.0
-_FIRST_NAMES_S = 5.0
+_FIRST_NAMES_S = 10.0  # of a cluster that answers, on a busy machine
 _NO_ANSWER_S = 1.0
 _LEARN_SHARE = 20  # of the time, one part at most is spent on learning
 
@@ -71,9 +71,11 @@ class KeepUp:
         if self._chosen.refuse(cgroup_id) and self._session:
             self._session.refuse(cgroup_id)
 
-    def __call__(self) -> None:
-        """Looks for news, and sees to them."""
+    def __call__(self, *, at_once: bool = False) -> None:
+        """Looks for news, and sees to them: in good time, or at once."""
         now_s = time.monotonic()
+        if at_once:
+            self._poll_s = self._look_s = self._learn_s = 0.0
         if self._local and now_s >= self._poll_s:
             self._poll_s = now_s + _POLL_S
             self._local.poll()

@@ -37,7 +37,7 @@ class LateNames:
         cgroups = slots_of(records)["cgroup_id"]
         nameless = [
             cgroup_id
-            for cgroup_id in np.unique(cgroups).tolist()
+            for cgroup_id in set(cgroups.tolist())
             if not self._identities.is_settled(cgroup_id)
         ]
         if not nameless or len(self._held) >= self._batches_max:
@@ -50,7 +50,7 @@ class LateNames:
         """What has its names by now, or whose time is up (CLOCK_MONOTONIC)."""
         for _ in range(len(self._held)):
             due_ns, records = self._held.popleft()
-            cgroups = np.unique(slots_of(records)["cgroup_id"]).tolist()
+            cgroups = set(slots_of(records)["cgroup_id"].tolist())
             if at_once or now_ns >= due_ns or all(map(self._identities.is_settled, cgroups)):
                 yield records
             else:

@@ -28,6 +28,7 @@ from tracer.kernel.symbols import kernel_symbol
 from tracer.late_names import LateNames
 from tracer.record import Counter
 from tracer.slots import slots_of
+from tracer.streams import OutputError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Container, Iterable, Iterator, Sequence
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 
     from tracer.cluster.identities import Identities
     from tracer.correlate.lookups import Lookups
+    from tracer.keep_up import KeepUp
     from tracer.kernel.session import Session
     from tracer.transaction import Lookup, Transaction
 
@@ -47,7 +49,7 @@ _BUSY_WAIT_S = 0.01
 _BUSY_FILL = 0.1
 _SWEEP_NS = 250_000_000
 _UNNAMED_MAX = 1024  # batches
-_WRITTEN_AT_ONCE = 512
+_WRITTEN_AT_ONCE = 64  # what a slow reader takes in a moment
 _GC_THRESHOLD = 50_000
 _STALLED_S = 2.0  # how long output may take once we are asked to stop
 _GRACE_NS = 2_000_000_000  # for an answer that comes when its client has just given up
@@ -75,7 +77,7 @@ class Totals:
     duration_ns: int = 0
 
 
-class OutputStalledError(Exception):
+class OutputStalledError(OutputError):
     """Whoever reads our output does not, and we are asked to stop."""
 
 
@@ -94,7 +96,7 @@ class Stop:
         self._wakes.setblocking(False)
         self._requested = False
         self._held = False
-        self._writing = False
+        self._writing_s: float | None = None  # since when, while it is
         self._duration_ns = duration_ns
         self._end_s: float | None = None
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -112,17 +114,20 @@ class Stop:
         signal.setitimer(signal.ITIMER_REAL, _STALLED_S, _STALLED_S)
 
     def _give_up_writing(self, _number: int, _frame: FrameType | None) -> None:
-        if self._writing:
-            raise OutputStalledError
+        since_s = self._writing_s
+        if since_s is not None and time.monotonic() - since_s >= _STALLED_S:
+            raise OutputStalledError(
+                "nobody reads the output: the rest of it, and the summary, were not written"
+            )
 
     @contextmanager
     def writing(self) -> Iterator[None]:
         """Output is written in the block. May raise OutputStalledError once a stop is asked for."""
-        self._writing = True
+        self._writing_s = time.monotonic()
         try:
             yield
         finally:
-            self._writing = False
+            self._writing_s = None
 
     def start(self) -> None:
         """The time that is allowed begins now."""
@@ -174,7 +179,7 @@ class Trace:
     count: int | None
     totals: Totals
     stop: Stop
-    keep_up: Callable[[], None]  # called often, to learn what has become of pods
+    keep_up: KeepUp  # called often, to learn what has become of pods
     refuse: Callable[[int], None]  # told the cgroups of those that are not kept
     _servers: Container[int] = ()
     _late: LateNames = field(init=False)
@@ -216,8 +221,11 @@ class Trace:
         self._finish()
         self.totals.duration_ns = time.monotonic_ns() - started_ns
 
-    def _read(self) -> None:
-        """Takes in what has left the kernel, and shows what is complete with it."""
+    def _read(self, *, to_the_end: bool = False) -> None:
+        """Takes in what has left the kernel, and shows what is complete with it.
+
+        Unless it must be `to_the_end`, a stop is not kept waiting by a full ring.
+        """
         in_flight: list[Transaction] = []
         if self._upstream.wants_in_flight():
             for records in (self.session.table.peek(), self._connections.peek()):
@@ -227,7 +235,7 @@ class Trace:
             records = self._connections.feed(batch) if ring == "segments" else batch
             # Of the small ring, all that was recorded before has been read.
             self._feed(records, in_order=ring == "small")
-            if self.stop.now():
+            if self.stop.now() and not to_the_end:
                 break
         self._name_late(time.monotonic_ns())
         self._take(self._upstream.resolve(time.time_ns(), in_flight))
@@ -247,11 +255,12 @@ class Trace:
         if self.session.table.in_flight() or self._connections.waiting():
             time.sleep(_LAST_ANSWERS_S)
         self.session.detach()
-        self._read()
+        for _ in range(2):  # what the first takes in, the second nests, knowing what still waits
+            self._read(to_the_end=True)
         while len(waiting := self.session.table.expire(time.monotonic_ns())):
             self._feed_waiting(waiting)
         self._feed_waiting(self._connections.flush())
-        self.keep_up()
+        self.keep_up(at_once=True)
         self._name_late(0, at_once=True)
         self._take(self._upstream.flush(time.time_ns()))
         if self.lookups is not None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from contextlib import contextmanager
@@ -21,7 +22,8 @@ class OutputError(Exception):
 
 
 def settle() -> None:
-    """Gives closed standard descriptors to /dev/null, lest what is opened next take their numbers.
+    """Makes stdout write all or fail, and gives closed descriptors to /dev/null, lest what is opened
+    next take their numbers.
 
     A closed stderr is no reason not to trace. Raises OutputError where it is stdout.
     """
@@ -32,6 +34,12 @@ def settle() -> None:
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - stays open until the end
     if sys.stdout is None:
         raise OutputError("cannot write output: stdout is closed")
+    if isinstance(sys.stdout.buffer, io.RawIOBase):
+        # PYTHONUNBUFFERED: what a full pipe or a signal leaves of a write would be lost. We flush.
+        sys.stdout = open(  # noqa: SIM115 - stays open until the end
+            sys.stdout.fileno(), "w", encoding=sys.stdout.encoding, errors=sys.stdout.errors,
+            closefd=False,
+        )  # fmt: skip
 
 
 @contextmanager

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from tracer.cluster.sources import Way
 
-_PATIENCE_S = 5.0
+_PATIENCE_S = 10.0
 _RBAC = "kubectl apply -f deploy/rbac.yaml, and use the service account kube-system/dnstrace"
 
 

@@ -42,7 +42,7 @@ OUTPUT = PROJECT / "build" / "kernels"
 KERNELS = ("5.10.", "6.1.", "6.12.", "7.")
 # Two guests on two CPUs: while one waits for its disk or a time-out, the other runs.
 AT_A_TIME = 2
-GUEST_TIMEOUT_S = 1800
+GUEST_TIMEOUT_S = 3000
 TESTS = (
     "tests/kernels/test_cases.py",
     "tests/test_packets.py",

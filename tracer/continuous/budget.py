@@ -22,6 +22,7 @@ _WINDOW_S = 60.0
 _COST_S = 400e-6  # what it takes to name, decode and write a transaction, on a slow machine
 _STEPS_MAX = 6  # times two, at once
 _RELAX_BELOW = 0.5  # of the budget: then twice as many may leave
+_WORTH_IT = 0.1  # of the budget: what takes less is not what to save at
 
 
 @dataclass(slots=True)
@@ -60,7 +61,8 @@ class Budget:
         # What is written now and then takes more than its share for a moment.
         if min(lately, self.used) > self.share:
             taken = sum(fresh) * _COST_S / (seen[-1][0] - seen[-2][0])
-            if taken > min((lately - self.share) / 2, self.share):
+            enough = max(min((lately - self.share) / 2, self.share), self.share * _WORTH_IT)
+            if taken > enough:
                 self.keeping = self._less(lately / self.share, *fresh)
         elif self.used < self.share * _RELAX_BELOW:
             self.keeping = self._more()

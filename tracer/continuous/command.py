@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from tracer.cluster.sources import Source
     from tracer.continuous.labels import Labels
     from tracer.filters import Filters
+    from tracer.keep_up import KeepUp
     from tracer.kernel.session import Session
     from tracer.run import Stop
 
@@ -52,7 +53,7 @@ class Surroundings:
 
     session: Session
     identities: Identities
-    keep_up: Callable[[], None]
+    keep_up: KeepUp
     stop: Stop
     filters: Filters
     node: str

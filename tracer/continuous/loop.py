@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from tracer.continuous.metrics import Figures
     from tracer.continuous.recorder import Recorder
     from tracer.continuous.top_names import TopNames
+    from tracer.keep_up import KeepUp
     from tracer.kernel.session import Session
     from tracer.run import Stop
     from tracer.transaction import Transaction
@@ -74,7 +75,7 @@ class Continuous:
 
     session: Session
     identities: Identities
-    keep_up: Callable[[], None]
+    keep_up: KeepUp
     stop: Stop
     figures: Figures
     recorder: Recorder | None
@@ -380,7 +381,7 @@ class Continuous:
         while len(waiting := self.session.table.expire(time.monotonic_ns())):
             self._own_but_waiting(waiting)
         self._own_but_waiting(self._of_servers(self._connections.flush()))
-        self.keep_up()
+        self.keep_up(at_once=True)
         if self.recorder is not None:
             self.recorder.try_again()
         self._name_late(0, at_once=True)

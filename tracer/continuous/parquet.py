@@ -110,14 +110,14 @@ def journal_file(journal: Path, kind: str) -> Path:
 def convert(journal: Path, directory: Path) -> None:
     """Writes `KIND-NAME.parquet` of a journal called `.journal-NAME`, and removes it.
 
-    Raises OSError or duckdb.Error; then the journal is still there. BlockingIOError: another
-    process is at it, which may have outlived the tracer that started it.
+    Waits for another process that is at it, which may have outlived the tracer that started it.
+    Raises OSError or duckdb.Error; then the journal is still there.
     """
-    import duckdb
-
-    at_it = lock(journal)
+    at_it = lock(journal, wait=True)
     if at_it is None:
         return  # that other process is done with it
+    import duckdb
+
     stem = journal.name.removeprefix(".journal-")
     database = duckdb.connect(
         ":memory:",
@@ -154,17 +154,17 @@ def convert(journal: Path, directory: Path) -> None:
     os.close(at_it)
 
 
-def lock(journal: Path) -> int | None:
+def lock(journal: Path, *, wait: bool = False) -> int | None:
     """A descriptor that says that a journal is being converted, while it is open.
 
-    None: the journal is gone. Raises BlockingIOError if somebody else has it.
+    None: the journal is gone. Without `wait`, raises BlockingIOError if somebody else has it.
     """
     try:
         descriptor = os.open(journal, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except FileNotFoundError:
         return None
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         if os.path.exists(journal):
             return descriptor
     except BaseException:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -97,9 +98,10 @@ class Aggregates:
         """How many series each client has now (client_number in bpf/latency.h)."""
         own = keys[keys["backend"] != BackendKnown.OVERFLOW]
         numbers = own["cgroup_id"] ^ (own["netns"].astype(np.uint64) << np.uint64(32))
-        clients, begun = np.unique(numbers, return_counts=True)
+        begun = Counter(numbers.tolist())
         known, _ = bpf.map_items(self._begun, _CLIENT.itemsize, _BEGUN.itemsize)
-        for client in np.setdiff1d(np.frombuffer(known, _CLIENT), clients):
-            bpf.map_delete(self._begun, client.tobytes())
-        for client, number in zip(clients, begun.astype(_BEGUN), strict=True):
-            bpf.map_update(self._begun, client.tobytes(), number.tobytes())
+        for client in set(np.frombuffer(known, _CLIENT).tolist()) - begun.keys():
+            bpf.map_delete(self._begun, _CLIENT.type(client).tobytes())
+        for client, number in begun.items():
+            value = _BEGUN.type(number).tobytes()
+            bpf.map_update(self._begun, _CLIENT.type(client).tobytes(), value)
