@@ -45,6 +45,7 @@ class Chosen:
         self._identities = identities
         self._source = source
         self._refused: dict[int, bool] = {}
+        self._was_early = False  # when looked, the cluster had not told all yet
         self._pod_wanted = filters.pods_wanted(identities.labels)
         self._container_wanted = filters.container_wanted()
 
@@ -98,6 +99,7 @@ class Chosen:
                 if self._source.problem() is None:
                     say("the API server has not told all yet")
                 say("the pods that are asked for are traced once they are known")
+                self._was_early = True
                 return
             self._check_against_api(self._source, say)
             return
@@ -112,6 +114,13 @@ class Chosen:
             if not self._identities.matching(filters.namespaces, [glob]):
                 raise NobodyChosen(f"no pod is called {_shown(glob)}{self._near_pod(glob)}")
         self._check_traceable(say)
+
+    def check_late(self, say: Callable[[str], None]) -> None:
+        """Once the cluster has told all, says what `check` could not; costs no request."""
+        if self._was_early and isinstance(self._source, ClusterWatch):
+            self._was_early = not self._source.wait_synced(0.0)
+            if not self._was_early:
+                self._say_if_nobody(self._source, say)
 
     def _check_backend(self, say: Callable[[str], None]) -> None:
         """Says that no pod is known by this name; one may come, so tracing goes on."""
@@ -143,8 +152,11 @@ class Chosen:
             if not _GLOB.search(name):
                 self._check_pod(cluster, name)
             say(f"no pod on this node is called {_shown(name)} yet: waiting for one")
-        chosen = [pod for pod in self._identities.known_pods() if self._is_wanted(pod)]
-        if not chosen and not filters.pods:
+        if not filters.pods:
+            self._say_if_nobody(cluster, say)
+
+    def _say_if_nobody(self, cluster: ClusterWatch, say: Callable[[str], None]) -> None:
+        if not any(map(self._is_wanted, self._identities.known_pods())):
             nodes = ", ".join(map(clean, cluster.status().nodes)) or "unknown"
             say(f"no pod that was asked for is on this node ({nodes}) yet: waiting for one")
 

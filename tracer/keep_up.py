@@ -89,6 +89,8 @@ class KeepUp:
             if self._identities.walk_again():
                 self._stale = True
         self._learn(now_s)
+        if self._learned == self._source.version:
+            self._chosen.check_late(say)
         if self._stale and now_s >= self._select_s:
             self._select_s = now_s + _SELECT_S
             self._stale = False
