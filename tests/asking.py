@@ -6,13 +6,18 @@ from __future__ import annotations
 import itertools
 import os
 import re
+import signal
 import subprocess
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
+from tests.tracing import let_finish
+
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
-    from tracer.lab import Lab
+    from tracer.lab import Lab, RunningPod
 
 CLIENTS = ["sre/web-0", "sre/api-0", "sre/worker-0", "default/shop-0", "sre/host-agent"]
 _fresh = itertools.count()
@@ -38,6 +43,27 @@ def fresh_name() -> str:
     return f"t{os.getpid()}-{next(_fresh)}.bench.example.com"
 
 
+@contextmanager
+def held(lab: Lab, replica: RunningPod) -> Iterator[None]:
+    """What is asked in the block is received in it, and looked at when it ends."""
+    procs = (lab.cgroup_mount / replica.cgroup / "cgroup.procs").read_text().split()
+    assert procs
+    for pid in map(int, procs):
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for pid in map(int, procs):
+            os.kill(pid, signal.SIGCONT)
+
+
+def log_text(lab: Lab, server: str) -> str:
+    """A server's log, with all that it has answered: CoreDNS answers first, and then writes."""
+    log = lab.query_log(server)
+    let_finish(lab.state.process(log.stem).pid)
+    return log.read_text()
+
+
 class Logged(NamedTuple):
     """One query as a server's log has it."""
 
@@ -49,7 +75,7 @@ class Logged(NamedTuple):
 
 def log_entries(lab: Lab, server: str, name: str) -> list[Logged]:
     """Each query for a name (without its final dot) in a server's log, in the order of the answers."""
-    lines = lab.query_log(server).read_text().splitlines()
+    lines = log_text(lab, server).splitlines()
     found = re.compile(rf'\[INFO\] (\S+):(\d+) - (\d+) "\w+ IN {re.escape(name)}\. (udp|tcp) ')
     return [
         Logged(match[1].strip("[]"), int(match[2]), int(match[3]), match[4])

@@ -39,7 +39,7 @@ class Run:
 
     def scrape(self) -> dict[str, list[tuple[dict[str, str], float]]]:
         """The samples of each name: (labels, value)."""
-        with urllib.request.urlopen(self.url, timeout=10) as response:
+        with urllib.request.urlopen(self.url, timeout=60) as response:
             text = response.read().decode()
         found: dict[str, list[tuple[dict[str, str], float]]] = {}
         for family in text_string_to_metric_families(text):
@@ -53,7 +53,7 @@ class Run:
 
     def wait_for(self, number: int) -> None:
         """Until so many transactions are counted."""
-        deadline_s = time.monotonic() + 15
+        deadline_s = time.monotonic() + 120
         while time.monotonic() < deadline_s:
             if self.counted() >= number:
                 return

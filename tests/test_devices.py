@@ -54,7 +54,7 @@ def node(**paths: int) -> Iterator[int]:
 
 
 def eventually(condition: Callable[[], bool]) -> bool:
-    give_up = time.monotonic() + 5
+    give_up = time.monotonic() + 30
     while not (met := condition()) and time.monotonic() < give_up:
         time.sleep(0.01)
     return met

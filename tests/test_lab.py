@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from tests.asking import CLIENTS, dig, fresh_name
+from tests.asking import CLIENTS, dig, fresh_name, log_text
 from tests.leftovers import NOTHING, leftovers, names_in
 from tracer.cluster import pods_file
 from tracer.cluster.identities import Identities
@@ -83,7 +83,7 @@ def test_demo_leaves_a_lab_that_is_up(lab: Lab, project: Path) -> None:
 
 def test_up_mends_a_lab_with_a_dead_server(lab: Lab) -> None:
     os.kill(lab.state.process("upstream").pid, signal.SIGKILL)
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60
     while lab.up() is False and time.monotonic() < deadline:
         time.sleep(0.01)
     assert dig(lab, "sre/web-0", fresh_name()) == "198.51.100.1"
@@ -108,7 +108,7 @@ def test_down_ends_what_runs_in_the_pods(lab: Lab) -> None:
         assert sleeper.stdout is not None
         assert sleeper.stdout.readline() == "there\n"
         lab.down()
-        assert sleeper.wait(5) == -signal.SIGKILL
+        assert sleeper.wait(60) == -signal.SIGKILL
 
 
 def test_down_where_nothing_is_up_is_no_failure() -> None:
@@ -151,6 +151,15 @@ def test_up_refuses_a_namespace_that_somebody_else_made() -> None:
     assert leftovers() == NOTHING
 
 
+# `lab up`, which goes no further once a path is there: at its next step, it waits to be killed.
+UP_TO = """
+import os, signal, sys
+from tracer.lab import Lab
+sys.addaudithook(lambda *_: os.path.exists(sys.argv[1]) and signal.pause())
+Lab().up()
+"""
+
+
 @pytest.mark.parametrize(
     "sign",
     [
@@ -165,7 +174,8 @@ def test_up_refuses_a_namespace_that_somebody_else_made() -> None:
 def test_a_lab_killed_while_it_came_up_is_cleared_away(sign: Path, project: Path) -> None:
     """Killed as soon as a sign of its progress is there."""
     Lab().down()
-    with subprocess.Popen(lab_command("up"), cwd=project, stderr=subprocess.DEVNULL) as up:
+    argv = [sys.executable, "-c", UP_TO, str(sign)]
+    with subprocess.Popen(argv, cwd=project, stderr=subprocess.DEVNULL) as up:
         while not sign.exists() and up.poll() is None:
             pass
         up.kill()
@@ -247,7 +257,7 @@ def test_both_replicas_get_queries(lab: Lab) -> None:
     names = [fresh_name() for _ in range(40)]
     for name in names:
         dig(lab, "sre/web-0", name)
-    seen = {node: lab.query_log(node).read_text() for node in ("node1", "node2")}
+    seen = {node: log_text(lab, node) for node in ("node1", "node2")}
     counts = {node: sum(name in text for name in names) for node, text in seen.items()}
     assert sum(counts.values()) == len(names)
     assert all(counts.values())
@@ -267,7 +277,7 @@ def test_a_pod_on_the_host_network_is_masqueraded(lab: Lab) -> None:
         dig(lab, "sre/host-agent", name)
     clients = {}
     for node in ("node1", "node2"):
-        for line in lab.query_log(node).read_text().splitlines():
+        for line in log_text(lab, node).splitlines():
             if any(name in line for name in names):
                 clients[node] = line.split()[1].rpartition(":")[0]
     assert clients == {"node1": "10.244.1.1", "node2": "172.18.0.2"}
@@ -276,7 +286,7 @@ def test_a_pod_on_the_host_network_is_masqueraded(lab: Lab) -> None:
 def test_queries_leave_the_cluster_with_the_nodes_address(lab: Lab) -> None:
     name = fresh_name()
     dig(lab, "sre/web-0", name)
-    line = next(line for line in lab.query_log("upstream").read_text().splitlines() if name in line)
+    line = next(line for line in log_text(lab, "upstream").splitlines() if name in line)
     assert re.match(r"\[INFO\] 172\.18\.0\.[23]:", line)
 
 
@@ -374,7 +384,7 @@ def test_outside_can_be_slow_silent_and_failing(lab: Lab) -> None:
     shown = lab.run("sre/web-0", ["dig", "-u", "slow.example.com"]).stdout
     took_us = re.search(r"Query time: (\d+) usec", shown)
     assert took_us is not None
-    assert 300_000 <= int(took_us.group(1)) < 1_000_000
+    assert 300_000 <= int(took_us.group(1)) < 3_000_000
     silent = lab.run("sre/web-0", ["dig", "+tries=1", "+time=1", "lost.example.com"])
     assert "timed out" in silent.stdout
 
@@ -392,7 +402,7 @@ def test_a_big_answer_is_truncated_and_comes_again_over_tcp(lab: Lab) -> None:
 def test_search_list_is_expanded_before_the_name_itself(lab: Lab) -> None:
     """ndots:5 makes three names out of one before it, each for both address families."""
     assert "203.0.113.10" in lab.run("sre/web-0", ["getent", "ahosts", "www.li-rui.top"]).stdout
-    logs = [lab.query_log(node).read_text() for node in ("node1", "node2")]
+    logs = [log_text(lab, node) for node in ("node1", "node2")]
     asked = re.findall(r'"(A|AAAA) IN (www\.li-rui\.top\S*) udp', "".join(logs))
     searched = ["sre.svc.cluster.local.", "svc.cluster.local.", "cluster.local.", ""]
     wanted = {(kind, f"www.li-rui.top.{rest}") for kind in ("A", "AAAA") for rest in searched}
@@ -403,7 +413,7 @@ def test_quiet_servers_write_no_queries() -> None:
     with Lab(quiet_servers=True) as lab:
         name = fresh_name()
         assert dig(lab, "sre/web-0", name)
-        logs = [lab.query_log(server).read_text() for server in ("node1", "node2", "upstream")]
+        logs = [log_text(lab, server) for server in ("node1", "node2", "upstream")]
     assert name not in "".join(logs)
 
 
@@ -428,10 +438,15 @@ def test_a_command_keeps_pid_output_and_exit_status(lab: Lab) -> None:
 
 
 def test_a_thousand_commands_are_cheap(lab: Lab) -> None:
+    """Beside what it takes this machine to enter a namespace at all."""
+    plain = ["nsenter", "--net=/proc/self/ns/net", "--", "true"]
     began = time.monotonic()
+    for _ in range(100):
+        subprocess.run(plain, check=True, capture_output=True)
+    entered = time.monotonic()
     for _ in range(1000):
         lab.run("sre/web-0", ["true"], check=True)
-    assert time.monotonic() - began < 30
+    assert time.monotonic() - entered < max(30, 40 * (entered - began))
 
 
 def test_each_pod_has_its_own_resolv_conf(lab: Lab) -> None:

@@ -73,14 +73,14 @@ def test_the_rules_count_where_nothing_is_balanced(lab: Lab) -> None:
 def test_only_replicas_are_on_the_wire(lab: Lab, tmp_path: Path, address: str) -> None:
     """From the first packet on, and each replica in turn."""
     with capturing(lab, "sre/web-0", tmp_path, lab.options.dns_port) as pcap:
-        for _ in range(16):
+        for _ in range(24):
             dig(lab, "sre/web-0", "+notcp", f"@{address}", fresh_name())
     packets = on_the_wire(pcap)
     port = f".{lab.options.dns_port}"
     servers = {
         place.removesuffix(port) for pair in packets for place in pair if place.endswith(port)
     }
-    assert len(packets) == 32
+    assert len(packets) == 48
     assert servers == {ip for ip in BACKENDS if (":" in ip) == (":" in address)}
 
 
@@ -129,7 +129,7 @@ def test_sockets_of_all_kinds_see_the_service(lab: Lab, address: str) -> None:
 
 def test_getent_and_both_replicas(lab: Lab) -> None:
     before = through_the_rules(lab)
-    names = [fresh_name() for _ in range(16)]
+    names = [fresh_name() for _ in range(24)]
     for name in names:
         assert "198.51.100.1" in lab.run("sre/api-0", ["getent", "ahostsv4", f"{name}."]).stdout
     counts = [sum(len(logged(lab, node, name)) for name in names) for node in NODES]

@@ -11,7 +11,7 @@ import pytest
 
 from tests import stubs
 from tests.asking import asked, dig, fresh_name, logged, on_the_wire
-from tests.tracing import capturing
+from tests.tracing import capturing, let_finish
 from tracer.lab import Lab, topology
 
 if TYPE_CHECKING:
@@ -48,6 +48,7 @@ def test_a_pod_asks_its_loopback_which_asks_the_cluster(
         assert dig(lab, POD, "web.sre.svc.cluster.local") == "10.96.11.10"
         found = lab.run(POD, ["getent", "ahosts", "www.li-rui.top"]).stdout
         assert "203.0.113.10" in found
+        let_finish(stub.pid)
         assert name in stub.log.read_text()
     clients = [client for node in NODES for client, _ in logged(lab, node, name)]
     assert clients == [lab.pod(POD).ipv4]
@@ -78,6 +79,7 @@ def test_resolved_is_in_the_pod_and_caches(lab: Lab, tmp_path: Path) -> None:
         for _ in range(3):
             asked(lab, POD, name)
         assert f"0::/{lab.pod(POD).cgroup}\n" in Path(f"/proc/{stub.pid}/cgroup").read_text()
+        let_finish(stub.pid)
         assert stub.log.read_text().count(name) == 3
     assert sum(len(logged(lab, node, name)) for node in NODES) == 1
 

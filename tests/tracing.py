@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ipaddress
 import json
+import os
 import re
 import signal
 import socket
@@ -13,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -23,7 +24,7 @@ import dns.rcode
 import dns.rdatatype
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from tracer.lab import Lab
 
@@ -59,12 +60,12 @@ class Tracer:
         """What it has written by now."""
         return self._path.read_text()
 
-    def stop(self, timeout_s: float = 30.0) -> Trace:
+    def stop(self, timeout_s: float = 120.0) -> Trace:
         """Ends it as Ctrl-C does, and returns what it said."""
         self.process.send_signal(signal.SIGINT)
         return self.wait(timeout_s)
 
-    def wait(self, timeout_s: float = 30.0) -> Trace:
+    def wait(self, timeout_s: float = 120.0) -> Trace:
         """Waits for its own end."""
         _, errors = self.process.communicate(timeout=timeout_s)
         self._errors.append(errors)
@@ -91,8 +92,9 @@ class Trace:
 @contextmanager
 def tracing(*arguments: str, tmp_path: Path, command: list[str] | None = None) -> Iterator[Tracer]:
     """A tracer that is killed if the block does not stop it. `command`: how it is started."""
-    output = Path(tempfile.mkstemp(dir=tmp_path, suffix=".jsonl")[1])
-    tracer = Tracer(*arguments, output=output, command=command)
+    fd, output = tempfile.mkstemp(dir=tmp_path, suffix=".jsonl")
+    os.close(fd)
+    tracer = Tracer(*arguments, output=Path(output), command=command)
     try:
         yield tracer
     finally:
@@ -102,9 +104,23 @@ def tracing(*arguments: str, tmp_path: Path, command: list[str] | None = None) -
         tracer.process.stderr.close()
 
 
+def let_finish(pid: int, patience_s: float = 60.0) -> None:
+    """Until no thread of a process runs, or wants to: what woke it before, it is done with."""
+    deadline_s, idle = time.monotonic() + patience_s, 0
+    while idle < 2:  # of two threads, one may wake the other between the looks at them
+        states = set()
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            with suppress(OSError):
+                states.add((task / "stat").read_text().rpartition(") ")[2][0])
+        idle = 0 if states & {"R", "D"} else idle + 1
+        assert time.monotonic() < deadline_s, f"process {pid} never rests"
+        time.sleep(0.002)
+
+
 class Exchange(NamedTuple):
     """One question and its answer, as tcpdump saw them on one device."""
 
+    port: int  # of the client
     id: int
     name: str
     type: str
@@ -130,9 +146,9 @@ def capturing(
     try:
         yield path
     finally:
-        time.sleep(0.3)
+        let_finish(tcpdump.pid)  # what is on the device has woken it
         tcpdump.send_signal(signal.SIGINT)
-        _, said = tcpdump.communicate(timeout=10)
+        _, said = tcpdump.communicate(timeout=60)
         assert re.search(r"^0 packets dropped by kernel", said, re.MULTILINE), said
 
 
@@ -151,6 +167,7 @@ def exchanges(pcap: Path) -> list[Exchange]:
         question = dns_message.question[0]
         if dport == 53:
             query = Exchange(
+                sport,
                 dns_message.id,
                 question.name.to_text(),
                 dns.rdatatype.to_text(question.rdtype),
@@ -290,3 +307,13 @@ def our_links() -> int:
     ours = {p["id"] for p in programs if p.get("name", "").startswith("dnstrace")}
     links = json.loads(subprocess.check_output(["bpftool", "--json", "link", "list"]))
     return sum(link["prog_id"] in ours for link in links)
+
+
+def soon_gone(found: Callable[[], object]) -> bool:
+    """Whether nothing is found any more: what a process held, the kernel frees after its end."""
+    deadline_s = time.monotonic() + 60
+    while found():
+        if time.monotonic() > deadline_s:
+            return False
+        time.sleep(0.1)
+    return True
