@@ -68,7 +68,10 @@ def _at(ip: str, port: int) -> dict[str, str]:
 
 
 def _node_local_blocks(ips: Sequence[str], log: list[str]) -> list[str]:
-    cluster = f"forward . {UPSTREAM_DNS_SERVICE.ips[0]} {{\n        force_tcp\n    }}"
+    # Its connections end before the replicas end them, which is after 10 s as well: a query may
+    # otherwise meet the end of its connection.
+    options = "force_tcp\n        expire 5s"
+    cluster = f"forward . {UPSTREAM_DNS_SERVICE.ips[0]} {{\n        {options}\n    }}"
     bound = ["reload", "loop", f"bind {' '.join(ips)}"]
     first = "cache {\n        success 9984 30\n        denial 9984 5\n    }"
     health = f"health {ips[0]}:8080"
