@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.asking import log_entries
+from tests.asking import held, log_entries
 from tests.tracing import Trace, capturing, exchanges, tcp_messages, tracing
 from tracer.lab import Lab
 
@@ -41,24 +41,28 @@ def dig(lab: Lab, pod: str, *arguments: str) -> subprocess.Popen[Any]:
     return lab.popen(pod, argv, stdout=subprocess.DEVNULL)
 
 
-def below(t: dict[str, Any]) -> list[tuple[int, str]]:
-    return [(one["id"], one["status"]) for one in t["upstream"]]
+Query = tuple[int, int]  # its client's port, which SNAT leaves as it is here, and its id
 
 
-def seen_outside(pcap: Path, lab: Lab, name: str) -> tuple[set[int], set[int]]:
-    """The ids that tcpdump saw a replica ask outside, by UDP or TCP: answered, and not.
+def below(t: dict[str, Any]) -> list[tuple[Query, str]]:
+    return [((one["client"]["port"], one["id"]), one["status"]) for one in t["upstream"]]
 
-    By id: a client's own is never in the outside server's log, but by chance.
+
+def seen_outside(pcap: Path, lab: Lab, name: str) -> tuple[set[Query], set[Query]]:
+    """What tcpdump saw a replica ask outside, by UDP or TCP: answered, and not.
+
+    A client's own query is never in the outside server's log.
     """
-    there = {entry.id for entry in log_entries(lab, "upstream", name.rstrip("."))}
+    entries = log_entries(lab, "upstream", name.rstrip("."))
+    there = {(entry.port, entry.id) for entry in entries}
     asked, answered = set(), set()
     for e in exchanges(pcap):
         if e.name == name:
-            asked.add(e.id)
-            answered |= {e.id} if e.latency_s is not None else set()
+            asked.add((e.port, e.id))
+            answered |= {(e.port, e.id)} if e.latency_s is not None else set()
     for m in tcp_messages(pcap):
         if m.name == name:
-            (answered if m.is_response else asked).add(m.id)
+            (answered if m.is_response else asked).add((m.port, m.id))
     return there & asked & answered, asked - answered
 
 
@@ -84,7 +88,7 @@ def test_each_of_several_slow_names_has_what_was_asked_for_it(lab: Lab, tmp_path
         first, second = sorted(trace.named(name), key=lambda t: t["time"])
         assert first["protocol"] == ("tcp" if number % 2 else "udp")
         outside, _ = seen_outside(pcap, lab, name)
-        assert [(number, "answered") for number in outside] == below(first)
+        assert [(query, "answered") for query in outside] == below(first)
         assert first["upstream_unsure"] == second["upstream_unsure"] == 0
         (under,) = first["upstream"]
         assert (under["name"], under["server"]["ip"]) == (name, OUTSIDE)
@@ -102,10 +106,12 @@ def test_many_clients_that_ask_the_same_at_once_are_unsure(lab: Lab, tmp_path: P
         capturing(lab, f"kube-system/{replica.name}", tmp_path) as pcap,
         tracing("--pods", str(lab.pods_file), tmp_path=tmp_path) as tracer,
     ):
-        started = [
-            dig(lab, CLIENTS[n % 4], "+tcp" if n % 2 else "+notcp", f"@{replica.ipv4}", name)
-            for n in range(20)
-        ]
+        with held(lab, replica):
+            started = [
+                dig(lab, CLIENTS[n % 4], "+tcp" if n % 2 else "+notcp", f"@{replica.ipv4}", name)
+                for n in range(20)
+            ]
+            time.sleep(1.5)
         for process in started:
             process.wait()
         time.sleep(1)
@@ -113,7 +119,7 @@ def test_many_clients_that_ask_the_same_at_once_are_unsure(lab: Lab, tmp_path: P
     outside, _ = seen_outside(pcap, lab, name)
     clients = [t for t in _of(trace, name) if t["server"]["ip"] != OUTSIDE]
     assert len(clients) == 20
-    placed = [number for t in clients for number, _ in below(t)]
+    placed = [query for t in clients for query, _ in below(t)]
     assert len(placed) == len(set(placed))
     assert set(placed) <= outside
     unsure = [t["upstream_unsure"] for t in clients]
@@ -141,7 +147,7 @@ def test_lost_answers_show_what_stayed_unanswered(lab: Lab, tmp_path: Path) -> N
     for name in names:
         (t,) = trace.named(name)
         _, lost = seen_outside(pcap, lab, name)
-        told = {number for number, status in below(t) if status != "answered"}
+        told = {query for query, status in below(t) if status != "answered"}
         assert told
         assert told <= lost
         assert t["upstream_unsure"] == 0

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import subprocess
 import sys
 import time
@@ -14,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.asking import asked, fresh_name, log_entries
+from tests.asking import asked, fresh_name, held, log_entries
 from tests.tracing import capturing, exchanges, tracing
 from tracer.lab import Lab
 
@@ -77,20 +75,6 @@ def ask_at_once(
         time.sleep(hold_s)
     for process in started:
         assert process.wait() == 0
-
-
-@contextmanager
-def held(lab: Lab, replica: RunningPod) -> Iterator[None]:
-    """What is asked in the block is received in it, and looked at when it ends."""
-    procs = (lab.cgroup_mount / replica.cgroup / "cgroup.procs").read_text().split()
-    assert procs
-    for pid in map(int, procs):
-        os.kill(pid, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        for pid in map(int, procs):
-            os.kill(pid, signal.SIGCONT)
 
 
 def told_as(entries: Sequence[Any]) -> list[tuple[int, int, str]]:
@@ -171,18 +155,23 @@ def test_only_what_has_one_possible_reason_is_told_as_because_of_it(
     checked = Counter[str]()
     for asked_name in {t["name"] for t in told[0].transactions}:
         seen = [e for e in exchanges(pcap) if e.name == asked_name]
-        spans = {(e.id, e.server == OUTSIDE_IP): e for e in seen}
+        spans = {(e.port, e.id, e.server == OUTSIDE_IP): e for e in seen}
         clients = told[0].named(asked_name)
-        outside = [e.id for e in log_entries(lab, "upstream", asked_name.rstrip("."))]
+        entries = log_entries(lab, "upstream", asked_name.rstrip("."))
+        outside = [(entry.port, entry.id) for entry in entries]
         assert len(spans) == len(clients) + len(outside)
-        for number in outside:
+        for query in outside:
             # Sockets have a query later than the device, and give an answer earlier: they agree
             # with fewer reasons than the capture does, never with others.
-            asked = spans[number, True]
-            waiting = [(t, spans[t["id"], False]) for t in clients]
+            asked = spans[*query, True]
+            waiting = [(t, spans[t["client"]["port"], t["id"], False]) for t in clients]
             possible = [t for t, span in waiting if is_within(asked, span, CLOCK_S)]
             certain = [t for t, span in waiting if is_within(asked, span, -BUSY_S)]
-            by = [t for t in clients if number in [query["id"] for query in t["upstream"]]]
+            by = [
+                t
+                for t in clients
+                if query in [(one["client"]["port"], one["id"]) for one in t["upstream"]]
+            ]
             if len(possible) == 1:
                 assert by == possible
                 checked["sure"] += 1
@@ -192,7 +181,7 @@ def test_only_what_has_one_possible_reason_is_told_as_because_of_it(
                 assert all(t in by for t in certain) or not by
                 checked["one of several" if by else "unsure"] += 1
     assert checked["sure"] >= 6  # who asked alone
-    assert checked.total() == 24
+    assert checked.total() >= 12  # at least one for each name
 
 
 CLOCK_S = 0.0001  # what times of one packet differ by
@@ -221,7 +210,6 @@ def test_clients_one_after_another_are_never_unsure(
     assert [len(t["upstream"]) for t in transactions] == [1, 0, 0, 0]
     assert [t["upstream_unsure"] for t in transactions] == [0, 0, 0, 0]
     assert traced_as(transactions[0]["upstream"]) == told_as(log_entries(lab, "upstream", name))
-    assert all(t["latency_ns"] < 100_000_000 for t in transactions[1:])
 
 
 @pytest.mark.parametrize("zone", ["refused", "servfail"])
@@ -242,7 +230,7 @@ def test_a_server_that_waits_in_vain_fails_in_the_end(
 ) -> None:
     """Two queries are lost, two seconds each; none has timed out when the client's answer leaves."""
     name = f"{fresh_name().split('.')[0]}.lost.example.com"
-    with traced(lab, tmp_path) as told:
+    with traced(lab, tmp_path, "--timeout", "20s") as told:
         said = asked(lab, "sre/web-0", "+time=9", f"@{replica.ipv4}", name)
         assert said[0] == "SERVFAIL"
     (t,) = told[0].named(f"{name}.")
@@ -265,6 +253,7 @@ with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
     for _ in range(count):
         client.sendto(asked, (server, 53))
         time.sleep(pause)
+    print("sent", flush=True)
     client.recv(512)
 """
 
@@ -276,7 +265,12 @@ def test_of_a_client_that_asks_again_no_upstream_query_is_told_twice(
     name = slow_name()
     argv = [sys.executable, "-c", RETRY, replica.ipv4, name, "3", "0.1"]
     with traced(lab, tmp_path) as told:
-        lab.run("sre/web-0", argv, check=True)
+        with held(lab, replica):
+            client = lab.popen("sre/web-0", argv, stdout=subprocess.PIPE, text=True)
+            assert client.stdout
+            assert client.stdout.readline() == "sent\n"
+        client.communicate()
+        assert client.returncode == 0
         time.sleep(0.3)
     attempts = told[0].named(f"{name}.")
     assert [(t["attempt"], t["status"]) for t in attempts] == [
