@@ -57,16 +57,19 @@ RAW = (
 for packet in sys.argv[2:]:
     s.sendto(bytes.fromhex(packet), (sys.argv[1], 53))
     time.sleep(0.01)
+time.sleep(1)
 """
 )
 
 # argv: server, name, tries. Two processes, each on a CPU of its own, send A and AAAA over one new
-# socket at the same moment, again and again. Prints the ports.
+# socket at the same moment, again and again. Prints the ports. No socket is closed before all had
+# time for their answers.
 RACERS = (
     _QUERY
     + r"""
 import mmap
 gate = mmap.mmap(-1, 8)
+late = []
 for i in range(int(sys.argv[3])):
     own = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
     own.bind(("", 0))
@@ -87,8 +90,16 @@ for i in range(int(sys.argv[3])):
     own.settimeout(0.2)
     try:
         own.recv(512); own.recv(512)
+        own.close()
+    except OSError:
+        late.append(own)
+if late:
+    time.sleep(2)
+for own in late:
+    own.settimeout(0)
+    try:
+        own.recv(512); own.recv(512)
     except OSError: pass
-    own.close()
 """
 )
 

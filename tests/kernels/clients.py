@@ -45,13 +45,15 @@ def questions(world: World) -> Check:
     def check(seen: Seen) -> None:
         told = seen.by_process(pid)
         names = {f"{name}." for name, _ in QUESTIONS}
-        ids = {t["id"] for t in told}
-        truth = [e for e in world.witnessed("sre/web-0") if e.name in names and e.id in ids]
+        asked = {(t["client"]["port"], t["id"]) for t in told}
+        seen_there = [e for e in world.witnessed("sre/web-0") if (e.port, e.id) in asked]
+        truth = [e for e in seen_there if e.name in names]
         assert len(truth) == len(told) == len(QUESTIONS)
         assert sorted((t["id"], t["name"], t["type"], t["rcode"]) for t in told) == sorted(
             (e.id, e.name, e.type, e.rcode) for e in truth
         )
-        latencies = {e.id: e.latency_s for e in truth}
+        latencies = {(e.port, e.id, e.name, e.type): e.latency_s for e in truth}
+        assert len(latencies) == len(truth)
         for t in told:
             client = t["client"]
             assert t["status"] == "answered"
@@ -64,7 +66,7 @@ def questions(world: World) -> Check:
             assert t["server"]["service"] == "kube-system/kube-dns"
             assert t["backend"]["ip"] == backends[client["ip"], client["port"]]
             assert t["backend"]["pod"].startswith("coredns-")
-            assert_times_add_up(t, latencies[t["id"]])
+            assert_times_add_up(t, latencies[client["port"], t["id"], t["name"], t["type"]])
         assert not [t for t in seen.trace.transactions if t["client"]["namespace"] == "default"]
 
     return check
@@ -83,13 +85,13 @@ def assert_times_add_up(t: Mapping[str, Any], seen_on_wire_s: float | None) -> N
 def path(world: World) -> Check:
     """Every hop over both nodes, DNAT told at the right one; tcpdump at the replica agrees."""
     name = "kubernetes.default.svc.cluster.local."
-    world.dig("sre/web-0", *[name] * 10)
+    world.dig("sre/web-0", *[name] * 24)
     web, remote = world.lab.pod("sre/web-0"), world.replica("node2")
 
     def check(seen: Seen) -> None:
         told = [t for t in seen.named(name) if t["backend"]["ip"] == remote.ipv4]
-        arrivals = {e.id: e.query_s for e in world.arrived(remote) if e.name == name}
-        assert {t["id"] for t in told} == arrivals.keys()
+        arrivals = {(e.port, e.id): e.query_s for e in world.arrived(remote) if e.name == name}
+        assert {(t["client"]["port"], t["id"]) for t in told} == arrivals.keys()
         assert told
         for t in told:
             hops = [(h["kind"], h["direction"], h["ifname"], h["owner"]) for h in t["hops"]]
@@ -111,7 +113,8 @@ def path(world: World) -> Check:
             assert t["hops"][2]["nat"] == {"dnat": [f"{SERVICE}:53", f"{remote.ipv4}:53"]}
             assert t["hops"][10]["nat"] == {"dnat": [f"{remote.ipv4}:53", f"{SERVICE}:53"]}
             # tcpdump's time is taken between the veth's other end and the server's socket.
-            at = arrivals[t["id"]] - epoch_ns(t["time"]) / 1e9
+            sent_s = epoch_ns(t["time"]) / 1e9
+            at = arrivals[t["client"]["port"], t["id"]] - sent_s
             assert t["hops"][4]["t_ns"] / 1e9 - 1e-3 <= at <= t["hops"][5]["t_ns"] / 1e9 + 1e-3
 
     return check
@@ -119,7 +122,7 @@ def path(world: World) -> Check:
 
 def receive_time(world: World) -> Check:
     """When the process takes the answer (kprobe), or when its socket has it (tracepoint)."""
-    wait_s = 1.5
+    wait_s = 3.0
     name = "late.bench.example.com."
     _, said = world.python("sre/web-0", ask.LATE_TAKER, SERVICE, name, str(wait_s))
     whole_ns = int(said)
@@ -132,8 +135,7 @@ def receive_time(world: World) -> Check:
             return
         (exchange,) = [e for e in world.witnessed("sre/web-0") if e.name == name]
         assert exchange.latency_s is not None
-        assert t["latency_ns"] < wait_s * 1e9
-        assert abs(t["latency_ns"] / 1e9 - exchange.latency_s) < 0.1
+        assert exchange.latency_s - 2e-6 <= t["latency_ns"] / 1e9 < wait_s
 
     return check
 
@@ -162,10 +164,11 @@ def host_network(world: World) -> Check:
     """Told from the node's other processes by its cgroup, though SNAT renames it on the way."""
     name = "agent.bench.example.com."
     pid = world.dig("sre/host-agent", f"@{SERVICE}", name)
-    world.node("node1", f"dig +tries=1 @{SERVICE} {name}")
+    world.node("node1", f"dig +tries=1 @{SERVICE} {name} AAAA")
 
     def check(seen: Seen) -> None:
         (t,) = seen.named(name)
+        assert t["type"] == "A"
         assert (t["client"]["pod"], t["client"]["pid"]) == ("host-agent", pid)
         assert t["backend"]["ip"] == answered_by(world, t)
         assert {hop["kind"] for hop in t["hops"]} >= {"send", "egress", "receive"}
@@ -181,7 +184,7 @@ def answered_by(world: World, t: Mapping[str, Any]) -> str:
         pod.ipv4
         for pod in world.lab.dns_pods
         for e in world.arrived(pod)
-        if (e.id, e.name) == (t["id"], t["name"])
+        if (e.id, e.name, e.type) == (t["id"], t["name"], t["type"])
     ]
     return str(ip)
 
