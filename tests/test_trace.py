@@ -281,7 +281,7 @@ def test_at_full_speed_every_query_is_a_transaction_or_a_counted_loss(
     lost = {kind: n for kind, n in trace.summary["lost"].items() if kind != "filtered"}
     told = lost["ring_full"] + lost["table_full"] + lost["preempted"]
     assert trace.summary["transactions"] == len(trace.transactions)
-    assert len(trace.transactions) + told == counts["sent"]
+    assert len(trace.transactions) + told == counts["sent"], (lost, counts)
     if told:
         assert "lost" in trace.stderr
 
