@@ -13,7 +13,7 @@ from kubernetes import client, watch
 from urllib3.exceptions import MaxRetryError
 
 from tests.leftovers import NOTHING, leftovers
-from tracer.lab import Lab, LabError, cluster_objects, go_build, topology
+from tracer.lab import Lab, LabError, cluster_objects, entering, go_build, state, topology
 
 pytestmark = pytest.mark.usefixtures("root")
 
@@ -170,6 +170,27 @@ def test_the_rest_goes_on_while_the_api_server_is_down(lab: Lab, tracer: client.
     lab.start_api()
     assert lab.state.whole()
     assert pods_of(tracer, "sre") == before
+
+
+def test_server_that_ends_before_it_is_known_leaves_nothing(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """etcd has started by then."""
+    lab.stop_api()
+    started: list[int] = []
+
+    def start_time(pid: int) -> int | None:
+        started.append(pid)
+        return None if len(started) == 2 else state.start_time(pid)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(entering, "start_time", start_time)
+        with pytest.raises(LabError, match="kube-apiserver ended at once"):
+            lab.start_api()
+    assert len(started) == 2
+    assert [pid for pid in started if state.start_time(pid) is not None] == []
+    lab.start_api()
+    assert lab.state.whole()
 
 
 def test_the_past_can_be_forgotten(lab: Lab, tracer: client.ApiClient) -> None:

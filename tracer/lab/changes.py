@@ -87,11 +87,11 @@ def start_api(current: State, flags: Sequence[str]) -> State:
     """Starts them again with the same port and data, and waits until the server is ready."""
     if current.api_port is None:
         raise LabError("the lab has no API server: run `dnstrace lab up --api`")
-    started = control_plane.start(current.api_port, _parent(current), flags)
     try:
+        started = control_plane.start(current.api_port, _parent(current), flags)
         control_plane.wait_until_ready(started[control_plane.SERVER], current.api_port)
     except BaseException:
-        control_plane.stop(started.values())
+        control_plane.remove(_parent(current))
         raise
     return replace(current, processes=(*current.processes, *started.values()))
 

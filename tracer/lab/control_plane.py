@@ -99,7 +99,7 @@ def start(port: int, parent: Path, flags: Iterable[str] = ()) -> dict[str, Proce
     argvs = {ETCD: _etcd(), SERVER: [*_server(port), *flags]}
     commands = {}
     for name, argv in argvs.items():
-        cgroup = parent / f"system.slice/{name}.service"
+        cgroup = _cgroup(parent, name)
         cgroups.make(cgroup)
         entering.write_script(name, entering.host_script(cgroup, DIRECTORY))
         commands[name] = [*entering.command(name), binary, name, *argv]
@@ -136,6 +136,12 @@ def stop(processes: Iterable[Process]) -> None:
             time.sleep(0.002)
 
 
+def remove(parent: Path) -> None:
+    """Kills what `start` has started, also where that raised; and removes their cgroups."""
+    for name in NAMES:
+        cgroups.remove(_cgroup(parent, name))
+
+
 def compact() -> int:
     """Has etcd forget all but the newest state of everything; the revision it is at.
 
@@ -148,6 +154,10 @@ def compact() -> int:
     revision = int(_etcd_call("put", {"key": key})["header"]["revision"])
     _etcd_call("compaction", {"revision": revision, "physical": True})
     return revision
+
+
+def _cgroup(parent: Path, name: str) -> Path:
+    return parent / f"system.slice/{name}.service"
 
 
 def _etcd() -> list[str]:
@@ -184,6 +194,7 @@ def _server(port: int) -> list[str]:
         "--profiling=false",
         "--goaway-chance=0",
         "--shutdown-delay-duration=0s",
+        "--delete-collection-workers=8",
     ]
 
 
