@@ -128,6 +128,7 @@ class Exchange(NamedTuple):
     query_s: float
     latency_s: float | None
     server: str  # the address that was asked
+    port: int  # the client's
 
 
 @contextmanager
@@ -175,6 +176,7 @@ def exchanges(pcap: Path) -> list[Exchange]:
                 time_s,
                 None,
                 str(ipaddress.ip_address(target)),
+                sport,
             )
             earlier = queries.pop((source, sport, dns_message.id), None)
             if earlier:
