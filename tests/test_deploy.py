@@ -8,7 +8,6 @@ import configparser
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +16,8 @@ import yaml
 
 from tests.api_server import ApiServer
 from tests.asking import dig
-from tests.counting import running
+from tests.counting import Run, running
+from tests.test_cluster_api import eventually
 from tracer import arguments
 from tracer.kernel.code_cache import DIRECTORY_VARIABLE
 from tracer.kernel.host import CAPABILITIES
@@ -123,6 +123,10 @@ def test_capabilities_are_those_that_are_known_to_be_needed(where: str) -> None:
     assert capabilities(where) == set(CAPABILITIES)
 
 
+def labels(run: Run, metric: str) -> list[dict[str, str]]:
+    return [found for found, _ in run.scrape().get(f"dnstrace_{metric}", [])]
+
+
 def test_with_these_capabilities_all_is_traced(
     root: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -141,13 +145,13 @@ def test_with_these_capabilities_all_is_traced(
         assert int(held[1], 16) == sum(1 << CAPABILITIES[name].bit for name in names)
         dig(lab, "sre/web-0", "www.example.com")
         dig(lab, "sre/worker-0", "www.example.com")
-        run.wait_for(2)
-        time.sleep(1)
-        found = run.scrape()
+        eventually(
+            lambda: {"web-0", "worker-0"} <= {k["pod"] for k in labels(run, "transactions_total")}
+        )
+        expected = {"application_send", "node", "server", "wake_up"}
+        eventually(lambda: expected <= {
+            k["stage"] for k in labels(run, "stage_seconds_count") if k["pod"] == "web-0"
+        })  # fmt: skip
         run.stop()
     lab.down()
-    pods = {k["pod"] for k, _ in found["dnstrace_transactions_total"]}
-    assert pods >= {"web-0", "worker-0"}
-    stages = {k["stage"] for k, _ in found["dnstrace_stage_seconds_count"] if k["pod"] == "web-0"}
-    assert {"application_send", "node", "server", "wake_up"} <= stages
     assert list(record.glob("histograms-*.parquet"))

@@ -34,6 +34,7 @@ from tracer.stages import buckets_of
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
+_PATIENCE_S = 60.0
 DEPLOY = Path(__file__).parent.parent / "deploy"
 WEB = Labels(
     False, "sre", "web-0", "app", "10.96.0.10", 53, "kube-system/kube-dns", "cluster",
@@ -341,18 +342,31 @@ class Prometheus:
             with urllib.request.urlopen(url, timeout=10) as response:
                 return json.load(response)["data"]
         except urllib.error.HTTPError as error:
+            if error.code == 503:  # it has just begun
+                raise
             raise AssertionError(f"{parameters}: {error.read().decode()}") from error
 
-    def wait_for(self, query: str) -> None:
-        deadline_s = time.monotonic() + 60
+    def wait_for(self, query: str) -> Any:
+        """Its result, as soon as there is one."""
+        deadline_s = time.monotonic() + _PATIENCE_S
         while time.monotonic() < deadline_s:
-            try:
-                if self.ask("query", query=query)["result"]:
-                    return
-            except OSError:
-                pass
+            with suppress(OSError):
+                if result := self.ask("query", query=query)["result"]:
+                    return result
             time.sleep(0.3)
         raise AssertionError(f"never true: {query}")
+
+    def wait_for_rules(self, raised: set[str]) -> dict[str, Any]:
+        """The rules by name, once all are evaluated and these are raised."""
+        deadline_s = time.monotonic() + _PATIENCE_S
+        while True:
+            groups = self.ask("rules")["groups"]
+            rules = {rule["name"]: rule for group in groups for rule in group["rules"]}
+            states = {name for name, rule in rules.items() if rule["state"] != "inactive"}
+            if states >= raised and {rule["health"] for rule in rules.values()} == {"ok"}:
+                return rules
+            assert time.monotonic() < deadline_s, rules
+            time.sleep(0.3)
 
     def close(self) -> None:
         self._process.terminate()
@@ -364,7 +378,7 @@ def expressions() -> Iterable[tuple[str, str]]:
     dashboard = json.loads((DEPLOY / "dashboard.json").read_text())
     for panel in dashboard["panels"]:
         for target in panel["targets"]:
-            text = target["expr"].replace("$namespace", ".*").replace("$__rate_interval", "5s")
+            text = target["expr"].replace("$namespace", ".*").replace("$__rate_interval", "5m")
             yield panel["title"], text
             assert "$" not in text
 
@@ -378,7 +392,8 @@ def test_the_real_prometheus_takes_all_of_it(tmp_path: Path) -> None:
     with served(made) as port:
         prometheus = Prometheus(tmp_path, port)
         try:
-            for _ in range(8):
+            prometheus.wait_for("up == 1")
+            for number in range(8):
                 made.add(
                     [
                         (WEB, entry(*[10**6] * 90)),
@@ -388,24 +403,17 @@ def test_the_real_prometheus_takes_all_of_it(tmp_path: Path) -> None:
                     ]
                 )
                 made.tell(HEALTH, is_ready=True)
-                time.sleep(1)
-            prometheus.wait_for("rate(dnstrace_transactions_total[5s]) > 0")
-            for title, text in expressions():
-                assert prometheus.ask("query", query=text)["result"], (title, text)
-            groups = prometheus.ask("rules")["groups"]
-            rules = {rule["name"]: rule for group in groups for rule in group["rules"]}
-            assert len(rules) == 11
-            assert {rule["health"] for rule in rules.values()} == {"ok"}, rules
-            states = {name for name, rule in rules.items() if rule["state"] != "inactive"}
-            assert states >= {
+                prometheus.wait_for(f"sum(dnstrace_transactions_total) == {(number + 1) * 105}")
+            for _, text in expressions():
+                prometheus.wait_for(text)
+            rules = prometheus.wait_for_rules({
                 "DNSUnanswered", "DNSServerFailures", "DNSSlow", "DNSBackendSlowerThanOthers",
                 "DNSUpstreamSlow",
-            }  # fmt: skip
+            })  # fmt: skip
+            assert len(rules) == 11
             p50 = "histogram_quantile(0.5, sum by (le) (dnstrace_latency_seconds_bucket))"
-            value = float(prometheus.ask("query", query=p50)["result"][0]["value"][1])
+            value = float(prometheus.wait_for(p50)[0]["value"][1])
             assert 0.0005 < value < 0.0011
-            total = prometheus.ask("query", query="sum(dnstrace_transactions_total)")
-            assert float(total["result"][0]["value"][1]) == 8 * 105
         finally:
             prometheus.close()
 
@@ -417,18 +425,18 @@ def test_native_histograms_are_within_their_error(tmp_path: Path) -> None:
     with served(made) as port:
         prometheus = Prometheus(tmp_path, port, "--enable-feature=native-histograms")
         try:
-            prometheus.wait_for("histogram_count(dnstrace_latency_seconds) > 0")
-            (count,) = prometheus.ask("query", query="histogram_count(dnstrace_latency_seconds)")["result"]  # fmt: skip
+            (count,) = prometheus.wait_for("histogram_count(dnstrace_latency_seconds) > 0")
             assert float(count["value"][1]) == len(times) + 1
             assert count["metric"]["pod"] == "web-0"
             for share in (0.1, 0.5, 0.9, 0.99):
-                query = f"histogram_quantile({share}, dnstrace_latency_seconds)"
-                (found,) = prometheus.ask("query", query=query)["result"]
+                (found,) = prometheus.wait_for(
+                    f"histogram_quantile({share}, dnstrace_latency_seconds)"
+                )
                 exact = sorted([*times, 0])[math.ceil(share * (len(times) + 1)) - 1] / 1e9
                 assert float(found["value"][1]) == pytest.approx(exact, rel=0.05), share
-            (up,) = prometheus.ask("query", query="dnstrace_lost_total{kind='ring_full'}")["result"]
-            assert float(up["value"][1]) == 3
-            (info,) = prometheus.ask("query", query="dnstrace_build_info")["result"]
+            (lost,) = prometheus.wait_for("dnstrace_lost_total{kind='ring_full'}")
+            assert float(lost["value"][1]) == 3
+            (info,) = prometheus.wait_for("dnstrace_build_info")
             assert info["metric"]["hooks"] == "kprobe"
         finally:
             prometheus.close()
