@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
 _IMAGE = "dnstrace.test/busybox:1"
 _SERVICE = "/runtime.v1.RuntimeService/"
-_READY_S = 30.0
-_CALL_S = 30.0
+_READY_S = 120.0
+_CALL_S = 60.0
 _NODE = 2  # NamespaceMode
 
 _CONFIG = """\

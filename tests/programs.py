@@ -157,17 +157,19 @@ class Programs:
                 self._loaded[key] = programs.load_device_program(built, *key)
         return self._loaded[key]
 
-    def run(self, hook: HopKind, frame: bytes, netns: int = NODE, *, l2_len: int = 14) -> None:
-        """Shows a frame to a hook. Whatever the frame is, it must be let pass.
+    def run(
+        self, hook: HopKind, frame: bytes, netns: int = NODE, *, l2_len: int = 14, times: int = 1
+    ) -> None:
+        """Shows a frame to a hook, some `times` on end. Whatever the frame is, it must be let pass.
 
         Raises BpfError for what the kernel itself takes for no packet.
         """
-        verdict, _ = bpf.test_run(self.program(hook, netns, l2_len), frame)
+        verdict, _ = bpf.test_run(self.program(hook, netns, l2_len), frame, times)
         assert verdict == (_TC_ACT_UNSPEC if hook in DEVICE_HOOKS else _CGROUP_ALLOW)
 
-    def show(self, hook: HopKind, packet: bytes, netns: int = NODE) -> None:
+    def show(self, hook: HopKind, packet: bytes, netns: int = NODE, *, times: int = 1) -> None:
         """The same for what begins with its IP header."""
-        self.run(hook, ethernet(packet), netns)
+        self.run(hook, ethernet(packet), netns, times=times)
 
     def records(self) -> list[Record]:
         """What has come out since the last call, small records before large ones."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import time
 from pathlib import Path
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 _UID = "5a9e0c1e-7a3b-4c1d-9e2f-0123456789ab"
 _HOST_UID = "6a3cb1ee0e5a4d7b8d3c7f7a1b2c3d4e"
-_WAIT_S = 10.0
+_WAIT_S = 60.0
 
 
 class Node(NamedTuple):
@@ -149,18 +150,19 @@ def test_process_that_joins_from_outside_is_told_by_its_namespace(node: Node) ->
 def test_container_that_went_before_anybody_looked_is_named(node: Node) -> None:
     """containerd's file has gone with it; the link that kubelet makes to its log has not."""
     node.local.poll()
-    container = node.cri.run_container(node.sandbox, node.pod, "brief", "/bin/sleep", "0.3")
+    container = node.cri.run_container(node.sandbox, node.pod, "brief", "/bin/sleep", "1000")
     logs = node.host / "var/log/containers"
     logs.mkdir(parents=True, exist_ok=True)
     (logs / f"web-0_sre_brief-{container}.log").symlink_to("0.log")
     directory = node.directory(container)
     cgroup_id = directory.stat().st_ino
+    os.kill(node.pid(container), signal.SIGKILL)
     state = node.host / "run/containerd/io.containerd.runtime.v2.task/k8s.io" / container
     deadline = time.monotonic() + _WAIT_S
     while directory.exists() or state.exists():
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    node.local.poll()
+    polled(node.local, lambda: isinstance(node.local.container(cgroup_id), LocalContainer))
     gone = found(node.local, cgroup_id)
     assert (gone.container_id, gone.pod, gone.name) == (container, "web-0", "brief")
     assert gone not in node.local.containers()

@@ -872,8 +872,7 @@ def test_timeout_of_a_query_that_a_server_received_has_no_end(kernel: Programs) 
 
 
 def test_query_doubled_by_the_network_is_not_asked_again(kernel: Programs) -> None:
-    for _ in range(2):
-        kernel.show(INGRESS, QUERY)
+    kernel.show(INGRESS, QUERY, times=2)
     assert kernel.records() == []
     kernel.show(EGRESS, RESPONSE)
     assert kernel.record()["attempt"] == 1

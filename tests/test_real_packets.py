@@ -7,7 +7,9 @@ They run over the loopback of a namespace of the test's own, between sockets in 
 from __future__ import annotations
 
 import os
+import select
 import socket
+import time
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -50,6 +52,10 @@ class Ends(NamedTuple):
 
     def ask(self, address: str, query: bytes | None = None) -> None:
         self.client.sendto(query or dns_query(), (address, 53))
+
+    def arrived(self, server: int) -> None:
+        """Waits until a query is there that nobody has read yet."""
+        assert select.select([self.servers[server]], [], [], TIMEOUT_S)[0]
 
     def answer(self, server: int, response: bytes | None = None) -> None:
         """One query that has arrived at a server."""
@@ -189,6 +195,7 @@ SNAT = "iptables -t nat -A POSTROUTING -p udp --dport 53 -j SNAT --to 127.0.0.9:
 def test_answer_finds_its_query_through_nat_of_both_ends(at_sockets: bool) -> None:
     with exchange(*DNAT, SNAT, at_sockets=at_sockets) as ends:
         ends.ask(SERVICES[0])
+        ends.arrived(0)
         named = ends.kernel.index()
         ends.answer(0)
         assert ends.take() == dns_response()
@@ -215,6 +222,7 @@ def test_query_that_snat_renamed_expires_under_both_names() -> None:
     with exchange(*DNAT, SNAT, at_sockets=True) as ends:
         for _ in range(20):
             ends.ask(SERVICES[0])
+            ends.servers[0].recv(512)  # it has arrived
             assert len(ends.kernel.index()) == 2
             assert len(ends.kernel.expire()) == 1
             assert ends.kernel.index() == set()
@@ -247,6 +255,9 @@ def test_port_where_nobody_listens_refuses(family: str) -> None:
     with exchange(family=number) as ends:
         ends.servers[0].close()
         ends.ask(address)
-        record = ends.kernel.record()
+        deadline_s = time.monotonic() + TIMEOUT_S
+        while not (records := ends.kernel.records()):
+            assert time.monotonic() < deadline_s
+    (record,) = records
     assert record.status == Status.REFUSED
     assert record.hops == [(EGRESS, 0, 0), (INGRESS, 0, 0), (EGRESS, 1, 0)]

@@ -11,6 +11,7 @@ import os
 import re
 import select
 import subprocess
+import time
 import urllib.parse
 from typing import TYPE_CHECKING, Any
 
@@ -63,13 +64,21 @@ class Browser:
         self._rest = b""
         self._session = ""
         self.events: list[dict[str, Any]] = []
-        targets = self.send("Target.getTargets")["targetInfos"]
-        page = next(target for target in targets if target["type"] == "page")
-        self._session = self.send(
-            "Target.attachToTarget", targetId=page["targetId"], flatten=True
-        )["sessionId"]  # fmt: skip
+        page = self._first_page()
+        self._session = self.send("Target.attachToTarget", targetId=page, flatten=True)["sessionId"]  # fmt: skip
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.send(f"{domain}.enable")
+        self.send("Page.setLifecycleEventsEnabled", enabled=True)
+
+    def _first_page(self) -> str:
+        """Its id. It comes a little after the browser."""
+        deadline_s = time.monotonic() + _PATIENCE_S
+        while time.monotonic() < deadline_s:
+            for target in self.send("Target.getTargets")["targetInfos"]:
+                if target["type"] == "page":
+                    return str(target["targetId"])
+            time.sleep(0.05)
+        raise AssertionError("the browser opens no page")
 
     def send(self, method: str, **parameters: Any) -> dict[str, Any]:
         """Its result; events that come meanwhile are kept."""
@@ -99,8 +108,8 @@ class Browser:
     def open(self, page: Path) -> None:
         """Loads a file, and waits until it is there."""
         self.events.clear()
-        self.send("Page.navigate", url=page.as_uri())
-        while not any(event.get("method") == "Page.loadEventFired" for event in self.events):
+        loader = self.send("Page.navigate", url=page.as_uri())["loaderId"]
+        while not any(_is_loaded(event, loader) for event in self.events):
             self.events.append(self._next())
 
     def run(self, script: str) -> Any:
@@ -131,6 +140,13 @@ class Browser:
             self.process.wait()
         self._in.close()
         self._out.close()
+
+
+def _is_loaded(event: dict[str, Any], loader: str) -> bool:
+    """That it is; an event may still be of the page before."""
+    if event.get("method") != "Page.lifecycleEvent":
+        return False
+    return (event["params"]["name"], event["params"]["loaderId"]) == ("load", loader)
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -371,10 +370,13 @@ def test_script_says_what_is_wrong_in_a_line(
 def test_watch_follows_kubectl_through_its_failures(machine: Machine, tmp_path: Path) -> None:
     """The file is written again only when it changes, and stays when kubectl fails."""
     answer, output = tmp_path / "answer.json", tmp_path / "pods.json"
+    asked, failed = tmp_path / "asked", tmp_path / "failed"
     answer.write_text(json.dumps({"items": listed()}))
     kubectl = tmp_path / "bin" / "kubectl"
     kubectl.parent.mkdir()
-    kubectl.write_text(f"#!/bin/sh\nexec cat {answer}\n")
+    kubectl.write_text(
+        f"#!/bin/sh\necho >>{asked}; cat {answer} && exit; status=$?; echo >>{failed}; exit $status\n"
+    )
     kubectl.chmod(0o755)
     command = [sys.executable, "-P", pods_file.__file__, "--watch", "0.05", "--output", str(output),
                "--cgroup", str(machine.cgroup), "--proc", str(machine.proc),
@@ -384,12 +386,15 @@ def test_watch_follows_kubectl_through_its_failures(machine: Machine, tmp_path: 
         try:
             wait_until(output.exists)
             first = output.stat()
-            time.sleep(0.3)
+            before = lines(asked)
+            wait_until(lambda: lines(asked) >= before + 3)
             assert output.stat() == first
             answer.rename(tmp_path / "away")
-            time.sleep(0.3)
+            wait_until(lambda: lines(failed) >= 3)
             assert output.stat() == first
-            answer.write_text(json.dumps({"items": listed()[1:]}))
+            new = tmp_path / "new"
+            new.write_text(json.dumps({"items": listed()[1:]}))
+            new.rename(answer)
             wait_until(lambda: output.stat().st_ino != first.st_ino)
             assert "glibc-7xk2p" not in output.read_text()
         finally:
@@ -399,8 +404,12 @@ def test_watch_follows_kubectl_through_its_failures(machine: Machine, tmp_path: 
     assert errors.count("pods-file:") == 1
 
 
+def lines(path: Path) -> int:
+    return path.read_text().count("\n") if path.exists() else 0
+
+
 def wait_until(condition: Any) -> None:
-    assert check.wait_for(condition, 10, 0.05)
+    assert check.wait_for(condition, 60, 0.05)
 
 
 def transaction(name: str, **more: Any) -> Object:
