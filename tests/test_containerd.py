@@ -162,7 +162,7 @@ def test_container_that_went_before_anybody_looked_is_named(node: Node) -> None:
     while directory.exists() or state.exists():
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    polled(node.local, lambda: isinstance(node.local.container(cgroup_id), LocalContainer))
+    polled(node.local, lambda: found(node.local, cgroup_id).name == "brief")
     gone = found(node.local, cgroup_id)
     assert (gone.container_id, gone.pod, gone.name) == (container, "web-0", "brief")
     assert gone not in node.local.containers()
