@@ -128,7 +128,6 @@ class Exchange(NamedTuple):
     query_s: float
     latency_s: float | None
     server: str  # the address that was asked
-    port: int  # the client's
 
 
 @contextmanager
@@ -176,7 +175,6 @@ def exchanges(pcap: Path) -> list[Exchange]:
                 time_s,
                 None,
                 str(ipaddress.ip_address(target)),
-                sport,
             )
             earlier = queries.pop((source, sport, dns_message.id), None)
             if earlier:

@@ -113,7 +113,7 @@ def _fetch_modules(program: Program, go: str, environment: Mapping[str, str]) ->
     for wait_s in _FETCH_WAITS_S:
         time.sleep(wait_s)
         with suppress(LabError):
-            _tool(program, [go, "mod", "download"], "no modules", environment)
+            _tool(program, [go, "list", "-deps", "-mod=readonly", "."], "no modules", environment)
             return
 
 
