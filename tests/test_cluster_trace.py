@@ -490,6 +490,15 @@ def test_api_server_that_comes_later_names_all_the_same(lab: Lab, tmp_path: Path
     assert trace.summary["problem"] is None
 
 
+def test_nobody_of_a_cluster_that_comes_later_is_told(lab: Lab, tmp_path: Path) -> None:
+    lab.stop_api()
+    with tracing("--namespace", "nosuch", tmp_path=tmp_path) as tracer:
+        lab.start_api()
+        assert tracer.process.stderr
+        said = next(line for line in tracer.process.stderr if "asked for" in line)
+    assert said == "dnstrace: no pod that was asked for is on this node (unknown) yet: waiting for one\n"
+
+
 class Relay:
     """A way to the API server that can be cut, while all others go on using it."""
 
