@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from kubernetes import client
 
+from tests.asking import log_text
 from tests.counting import running
 from tests.test_cluster_api import eventually
 from tests.tracing import DNSTRACE, Trace, Tracer, capturing, exchanges, tracing
@@ -179,7 +180,7 @@ def test_namespace_is_traced_whole_and_named(lab: Lab, tmp_path: Path) -> None:
         for number in range(10):
             assert clients(trace, f"{name}-{number}") == [who]
     assert len(trace.transactions) == 30
-    logs = {pod.name: lab.query_log(pod.node).read_text() for pod in lab.dns_pods}
+    logs = {pod.name: log_text(lab, pod.node) for pod in lab.dns_pods}
     for t in trace.transactions:
         assert t["server"]["service"] == "kube-system/kube-dns"
         assert t["server"]["role"] == "cluster"
