@@ -117,10 +117,12 @@ class Chosen:
 
     def check_late(self, say: Callable[[str], None]) -> None:
         """Once the cluster has told all, says what `check` could not; costs no request."""
-        if self._was_early and isinstance(self._source, ClusterWatch):
-            self._was_early = not self._source.wait_synced(0.0)
-            if not self._was_early:
-                self._say_if_nobody(self._source, say)
+        if not self._was_early or not isinstance(self._source, ClusterWatch):
+            return
+        # A server that is just starting refuses what it will allow.
+        if self._source.wait_synced(0.0) and self._source.problem() is None:
+            self._was_early = False
+            self._say_if_nobody(self._source, say)
 
     def _check_backend(self, say: Callable[[str], None]) -> None:
         """Says that no pod is known by this name; one may come, so tracing goes on."""
