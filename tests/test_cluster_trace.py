@@ -497,7 +497,9 @@ def test_nobody_of_a_cluster_that_comes_later_is_told(lab: Lab, tmp_path: Path) 
         lab.start_api()
         assert tracer.process.stderr
         said = next(line for line in tracer.process.stderr if "asked for" in line)
-    assert said == "dnstrace: no pod that was asked for is on this node (node1) yet: waiting for one\n"
+    assert (
+        said == "dnstrace: no pod that was asked for is on this node (node1) yet: waiting for one\n"
+    )
 
 
 class Relay:
