@@ -27,7 +27,7 @@ test: ## set up, then run every check and every test (as root)
 	tools/setup test
 	$(MAKE) check
 	@# Real time on a busy machine can deny a test its turn. What fails twice fails; once is told.
-	$(BIN)/pytest || { [ $$? = 1 ] && echo "once more, what failed:" && $(BIN)/pytest --lf --lfnf=none; }
+	$(BIN)/pytest || { [ $$? = 1 ] && echo "once more, what failed:" && $(BIN)/pytest -rp --lf --lfnf=none; }
 
 test-kernels: ## the live tests on stock kernels, in emulated guests (as root, half an hour)
 	tools/setup kernels

@@ -373,6 +373,17 @@ def test_directory_that_goes_away_is_told_and_counted(
     assert told[0] is not None
 
 
+def test_part_that_cannot_be_removed_keeps_no_journal_from_being_converted(tmp_path: Path) -> None:
+    one = recorder(tmp_path)
+    one.write("transactions", [transaction(1)])
+    os.close(one._lock or 0)  # as the kernel does, of a process that is killed
+    (journal,) = tmp_path.glob(".journal-*")
+    stem = journal.name.removeprefix(".journal-")
+    (tmp_path / f".other-{stem}.parquet.part").mkdir()
+    recorder(tmp_path).close()
+    assert len(rows(tmp_path)) == 1
+
+
 def test_converter_that_outlived_its_tracer_is_left_to_it(tmp_path: Path) -> None:
     """The tracer alone was killed; the next one starts meanwhile, again and again."""
     for delay_s in (0.0, 0.2, 0.4, 0.6):

@@ -10,6 +10,7 @@ import select
 import signal
 import subprocess
 import time
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import pytest
@@ -18,7 +19,7 @@ from tests.tracing import DNSTRACE, tracing
 from tracer.lab import Lab
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
     from pathlib import Path
 
 pytestmark = pytest.mark.usefixtures("root")
@@ -57,28 +58,41 @@ def test_what_lies_in_the_ring_when_it_is_ended_is_told(lab: Lab, tmp_path: Path
     assert not any(n for what, n in trace.summary["lost"].items() if what != "filtered")
 
 
-@pytest.fixture(params=["", "1"], ids=["buffered", "unbuffered"])
-def traced_into_a_pipe(
-    lab: Lab, tmp_path: Path, request: pytest.FixtureRequest
+@contextmanager
+def stuck_tracer(
+    lab: Lab, tmp_path: Path, stderr: int, environment: Mapping[str, str]
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """A tracer whose output nobody has read yet, and that cannot go on because of that."""
-    command = [*DNSTRACE, "--json", "--pods", str(lab.pods_file), "--namespace", "sre"]
-    with subprocess.Popen(
-        command,
+    """A tracer that cannot go on, since nobody reads the pipe that its output goes to."""
+    tracer = subprocess.Popen(
+        [*DNSTRACE, "--json", "--pods", str(lab.pods_file), "--namespace", "sre"],
         stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        stderr=stderr,
         pipesize=PIPE_BYTES,
-        env={**os.environ, "PYTHONUNBUFFERED": request.param},
-    ) as tracer:
-        assert tracer.stderr
-        for line in tracer.stderr:
-            if b"tracing" in line:
-                break
+        env={**os.environ, **environment},
+    )
+    try:
+        said = tracer.stderr or tracer.stdout
+        assert said
+        assert any(b"tracing" in line for line in iter(said.readline, b""))
         ask(lab, tmp_path, 1000)
         assert tracer.stdout
         assert select.select([tracer.stdout], [], [], 30)[0]
         yield tracer
+    finally:
         tracer.kill()
+        tracer.wait()
+        for stream in filter(None, (tracer.stdout, tracer.stderr)):
+            stream.close()
+
+
+@pytest.fixture(params=["", "1"], ids=["buffered", "unbuffered"])
+def traced_into_a_pipe(
+    lab: Lab, tmp_path: Path, request: pytest.FixtureRequest
+) -> Iterator[subprocess.Popen[bytes]]:
+    """Where Python buffers what is written to stdout, and where it does not."""
+    environment = {"PYTHONUNBUFFERED": request.param}
+    with stuck_tracer(lab, tmp_path, subprocess.PIPE, environment) as tracer:
+        yield tracer
 
 
 def test_reader_that_reads_nothing_holds_up_the_end_for_a_moment_only(
@@ -92,6 +106,13 @@ def test_reader_that_reads_nothing_holds_up_the_end_for_a_moment_only(
     assert said == [
         "dnstrace: nobody reads the output: the rest of it, and the summary, were not written"
     ]
+
+
+def test_nobody_who_reads_either_stream_holds_up_the_end(lab: Lab, tmp_path: Path) -> None:
+    """Both are one pipe, as where a log's driver hangs."""
+    with stuck_tracer(lab, tmp_path, subprocess.STDOUT, {}) as tracer:
+        tracer.send_signal(signal.SIGINT)
+        assert tracer.wait(60) == 1
 
 
 def test_reader_that_is_late_but_reads_is_told_all(

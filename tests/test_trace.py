@@ -32,7 +32,7 @@ from tests.tracing import (
 from tracer.lab import Lab
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from tests.tracing import Trace
 
@@ -224,10 +224,15 @@ for i in range(500):
     assert len(trace.transactions) == 1000
 
 
-def dnsperf(lab: Lab, tmp_path: Path, *arguments: str) -> dict[str, int]:
+NAMES = [f"q{i}.bench.example.com" for i in range(200)]
+
+
+def dnsperf(
+    lab: Lab, tmp_path: Path, *arguments: str, names: Sequence[str] = NAMES
+) -> dict[str, int]:
     """Runs dnsperf in sre/web-0; returns its own counts."""
     queries = tmp_path / "queries.txt"
-    queries.write_text("".join(f"q{i}.bench.example.com A\n" for i in range(200)))
+    queries.write_text("".join(f"{name} A\n" for name in names))
     argv = ["dnsperf", "-s", "10.96.0.10", "-d", str(queries), *arguments]
     said = lab.run("sre/web-0", argv).stdout
     return {
@@ -272,16 +277,23 @@ def test_nothing_is_lost_at_a_rate_that_leaves_time_to_spare(
 def test_at_full_speed_every_query_is_a_transaction_or_a_counted_loss(
     quiet_lab: Lab, tmp_path: Path
 ) -> None:
-    """As fast as two cores allow for ten seconds, with as many queries waiting as dnsperf likes."""
+    """As fast as two cores allow for ten seconds, with as many queries waiting as dnsperf likes.
+
+    Of a name that the servers know, so that they ask nobody: in the ring, there is no telling whose
+    queries were lost.
+    """
+    names = ["kubernetes.default.svc.cluster.local"]
     arguments = ["--pods", str(quiet_lab.pods_file), "--namespace", "sre"]
     with tracing(*arguments, tmp_path=tmp_path) as tracer:
-        counts = dnsperf(quiet_lab, tmp_path, "-l", "10", "-c", "4", "-q", "200")
+        counts = dnsperf(quiet_lab, tmp_path, "-l", "10", "-c", "4", "-q", "200", names=names)
         time.sleep(0.5)
         trace = tracer.stop(480)
     lost = {kind: n for kind, n in trace.summary["lost"].items() if kind != "filtered"}
-    told = lost["ring_full"] + lost["table_full"] + lost["preempted"]
+    told = lost["ring_full"] + lost["table_full"]
     assert trace.summary["transactions"] == len(trace.transactions)
-    assert len(trace.transactions) + told == counts["sent"], (lost, counts)
+    # A packet that found no buffer may have been a query's only one, or any other.
+    not_told = counts["sent"] - len(trace.transactions) - told
+    assert 0 <= not_told <= lost["preempted"], (lost, counts)
     if told:
         assert "lost" in trace.stderr
 

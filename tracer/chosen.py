@@ -115,13 +115,17 @@ class Chosen:
                 raise NobodyChosen(f"no pod is called {_shown(glob)}{self._near_pod(glob)}")
         self._check_traceable(say)
 
-    def check_late(self, say: Callable[[str], None]) -> None:
-        """Once the cluster has told all, says what `check` could not; costs no request."""
+    def may_be_known(self) -> bool:
+        """Whether the cluster, which had not told all when `check` looked, has done so by now."""
         if not self._was_early or not isinstance(self._source, ClusterWatch):
-            return
+            return False
         # A server that is just starting refuses what it will allow.
-        if self._source.wait_synced(0.0) and self._source.problem() is None:
-            self._was_early = False
+        return self._source.wait_synced(0.0) and self._source.problem() is None
+
+    def say_late(self, say: Callable[[str], None]) -> None:
+        """Says what `check` could not, when all is learned; costs no request."""
+        self._was_early = False
+        if isinstance(self._source, ClusterWatch):
             self._say_if_nobody(self._source, say)
 
     def _check_backend(self, say: Callable[[str], None]) -> None:

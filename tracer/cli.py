@@ -36,7 +36,10 @@ def main(argv: list[str] | None = None) -> int:
     """Runs a command line; returns the exit status."""
     try:
         streams.settle()
-        return _run(sys.argv[1:] if argv is None else argv)
+        status = _run(sys.argv[1:] if argv is None else argv)
+        with streams.writing():
+            sys.stdout.flush()
+        return status
     except BrokenPipeError:  # whoever read our output has had enough
         streams.discard(sys.stdout)
         return OK

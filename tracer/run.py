@@ -13,11 +13,13 @@ import gc
 import select
 import signal
 import socket
+import sys
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
+from tracer import streams
 from tracer.assemble import Assembler, apart
 from tracer.cluster.resolvers import Resolvers
 from tracer.connection import Losses
@@ -49,11 +51,12 @@ _BUSY_WAIT_S = 0.01
 _BUSY_FILL = 0.1
 _SWEEP_NS = 250_000_000
 _UNNAMED_MAX = 1024  # batches
-_WRITTEN_AT_ONCE = 64  # what a slow reader takes in a moment
+_WRITTEN_AT_ONCE = 32  # what a slow reader takes in a moment
 _GC_THRESHOLD = 50_000
-_STALLED_S = 2.0  # how long output may take once we are asked to stop
+_STALLED_S = 4.0  # how long what is written at once may take when we are asked to stop
 _GRACE_NS = 2_000_000_000  # for an answer that comes when its client has just given up
 _LAST_ANSWERS_S = 0.05  # for what was asked just before the end
+_LAST_RECORDS_S = 1.0
 
 
 class Output(Protocol):
@@ -109,13 +112,17 @@ class Stop:
             self._hung_up = True
             return
         first, self._requested = not self._requested, True
-        if first and not self._held:
+        if not first:
+            return
+        if not self._held:
             raise KeyboardInterrupt  # nothing has been begun that must be ended
-        signal.setitimer(signal.ITIMER_REAL, _STALLED_S, _STALLED_S)
+        streams.hurry()
+        signal.setitimer(signal.ITIMER_REAL, _STALLED_S, _STALLED_S / 4)
 
     def _give_up_writing(self, _number: int, _frame: FrameType | None) -> None:
         since_s = self._writing_s
-        if since_s is not None and time.monotonic() - since_s >= _STALLED_S:
+        late = since_s is not None and time.monotonic() - since_s >= _STALLED_S
+        if late and not streams.takes(sys.stdout):  # else it is the machine that is slow
             raise OutputStalledError(
                 "nobody reads the output: the rest of it, and the summary, were not written"
             )
@@ -255,10 +262,15 @@ class Trace:
         if self.session.table.in_flight() or self._connections.waiting():
             time.sleep(_LAST_ANSWERS_S)
         self.session.detach()
-        for _ in range(2):  # what the first takes in, the second nests, knowing what still waits
+        self._read(to_the_end=True)
+        deadline_s = time.monotonic() + _LAST_RECORDS_S
+        while self.session.fill() and time.monotonic() < deadline_s:
+            time.sleep(0.01)  # a program that was held up is still writing
             self._read(to_the_end=True)
+        self._read(to_the_end=True)  # nests what came last, knowing what still waits
         while len(waiting := self.session.table.expire(time.monotonic_ns())):
             self._feed_waiting(waiting)
+        self.session.table.give_up()
         self._feed_waiting(self._connections.flush())
         self.keep_up(at_once=True)
         self._name_late(0, at_once=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import io
 import os
+import select
 import sys
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal, TextIO
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
 
 Level = Literal["info", "warning", "error"]
 
+_PATIENCE_S = 2.0  # with a reader of stderr, when we are asked to end
+_hurried = False
 _say: Callable[[Level, str], None] | None = None
 
 
@@ -83,8 +86,27 @@ def say(message: str, level: Level = "warning") -> None:
     tell(f"dnstrace: {message}")
 
 
+def hurry() -> None:
+    """We are asked to end: from now on, who does not read stderr is not waited for."""
+    global _hurried  # noqa: PLW0603 - the process has one stderr
+    _hurried = True
+
+
+def takes(stream: TextIO, patience_s: float = 0.0) -> bool:
+    """Whether a stream takes what is written to it, now or soon."""
+    try:
+        return bool(select.select([], [stream], [], patience_s)[1])
+    except (OSError, ValueError):  # it is no file, or a closed one: writing will tell
+        return True
+
+
 def tell(text: str) -> None:
     """Lines for the person at the terminal, as they are. If nobody can read them, so be it."""
+    waited_s = 0.0
+    while not takes(sys.stderr, _PATIENCE_S / 4):
+        waited_s += _hurried * _PATIENCE_S / 4
+        if waited_s >= _PATIENCE_S:
+            discard(sys.stderr)
     try:
         sys.stderr.write(text + "\n")
         sys.stderr.flush()

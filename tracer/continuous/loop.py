@@ -380,6 +380,7 @@ class Continuous:
         self._sweep(time.monotonic_ns())
         while len(waiting := self.session.table.expire(time.monotonic_ns())):
             self._own_but_waiting(waiting)
+        self.session.table.give_up()
         self._own_but_waiting(self._of_servers(self._connections.flush()))
         self.keep_up(at_once=True)
         if self.recorder is not None:

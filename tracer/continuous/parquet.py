@@ -13,11 +13,13 @@ import os
 import resource
 import shutil
 import sys
+import time
 from pathlib import Path
 
 MEMORY_LIMIT = "256MB"
 PART = ".part"
 _ROW_GROUP = 100_000
+_PATIENCE_S = 30.0
 
 # Columns of each kind of journal, as they are written; names are those of the files (see README.md).
 _CLIENT = (
@@ -113,7 +115,7 @@ def convert(journal: Path, directory: Path) -> None:
     Waits for another process that is at it, which may have outlived the tracer that started it.
     Raises OSError or duckdb.Error; then the journal is still there.
     """
-    at_it = lock(journal, wait=True)
+    at_it = _lock_in_time(journal)
     if at_it is None:
         return  # that other process is done with it
     import duckdb
@@ -154,17 +156,30 @@ def convert(journal: Path, directory: Path) -> None:
     os.close(at_it)
 
 
-def lock(journal: Path, *, wait: bool = False) -> int | None:
+def _lock_in_time(journal: Path) -> int | None:
+    deadline_s = time.monotonic() + _PATIENCE_S
+    while True:
+        try:
+            return lock(journal)
+        except BlockingIOError as error:
+            if time.monotonic() > deadline_s:
+                raise BlockingIOError(
+                    f"another process is at it for {_PATIENCE_S:.0f} s"
+                ) from error
+        time.sleep(0.05)
+
+
+def lock(journal: Path) -> int | None:
     """A descriptor that says that a journal is being converted, while it is open.
 
-    None: the journal is gone. Without `wait`, raises BlockingIOError if somebody else has it.
+    None: the journal is gone. Raises BlockingIOError if somebody else has it.
     """
     try:
         descriptor = os.open(journal, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except FileNotFoundError:
         return None
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if os.path.exists(journal):
             return descriptor
     except BaseException:

@@ -149,6 +149,7 @@ class Recorder:
         self._files.clear()
         self._waiting.append(self._journal)
         self._journal = None
+        self._make_room()
         self._convert_next()
 
     def close(self) -> None:
@@ -167,6 +168,7 @@ class Recorder:
         if self._converting:
             self._converting[0].kill()
             self._converting[0].communicate()
+            self._not_converted(self._converting[1], f"it took more than {_STOPPING_S:.0f} s")
         os.close(self._lock)
         self._lock = None
 
@@ -207,9 +209,11 @@ class Recorder:
                 stem = found.name.split("-", 1)[1].removesuffix(f".parquet{PART}")
                 with suppress(OSError):  # one that is being written still is left
                     at_it = lock(self._directory / f"{_JOURNAL}{stem}")
-                    found.unlink()
-                    if at_it is not None:
-                        os.close(at_it)
+                    try:
+                        found.unlink()
+                    finally:
+                        if at_it is not None:
+                            os.close(at_it)
         self._convert_next()
 
     def _convert_next(self) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import mmap
 import struct
+import time
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 _U32 = struct.Struct("=I")
 _KEY = struct.Struct("=16s2s2sI")
+_STUCK_S = 5.0
 _AT_MOST = 2048  # slots ended in one go, so that the rings are not kept waiting
 
 
@@ -35,7 +37,8 @@ class Table:
         self._free = map_fds["free_slots"]
         self._map = mmap.mmap(map_fds["slot_start"], slots * 8)
         self._start = np.frombuffer(self._map, np.uint64)
-        self._stuck: dict[int, int] = {}  # slot: start_ns when it could not be claimed
+        # Slot: start_ns of what could not be claimed, and since when.
+        self._stuck: dict[int, tuple[int, float]] = {}
         self.leaked = 0
 
     def in_flight(self) -> int:
@@ -54,7 +57,11 @@ class Table:
         return waiting
 
     def expire(self, before_ns: int) -> NDArray[np.void]:
-        """Ends what began before that time (CLOCK_MONOTONIC) and returns it, oldest first."""
+        """Ends what began before that time (CLOCK_MONOTONIC) and returns it, oldest first.
+
+        What has lost its key nobody else will end. But a program that has just taken the key may be
+        held up before it is through, so that is believed only after a while.
+        """
         start = self._start.copy()
         due = np.flatnonzero((start != 0) & (start < before_ns))
         due = due[np.argsort(start[due], kind="stable")][:_AT_MOST]
@@ -70,14 +77,23 @@ class Table:
                 ended.append(raw)
                 self._release(number)
                 self._stuck.pop(number, None)
-            elif self._stuck.get(number) == start[number]:
-                # Nobody else will end it: its key was lost. Twice seen, so not just in between.
-                self.leaked += 1
-                del self._stuck[number]
-                self._release(number)
-            else:
-                self._stuck[number] = int(start[number])
+                continue
+            began_ns, since_s = self._stuck.get(number, (0, 0.0))
+            if began_ns != start[number]:
+                self._stuck[number] = int(start[number]), time.monotonic()
+            elif time.monotonic() - since_s > _STUCK_S:
+                self._leak(number)
         return np.frombuffer(b"".join(ended), TRANSACTION)
+
+    def give_up(self) -> None:
+        """Counts what `expire` could not end as lost. No program may run any more."""
+        for number in np.flatnonzero(self._start).tolist():
+            self._leak(number)
+
+    def _leak(self, number: int) -> None:
+        self.leaked += 1
+        self._stuck.pop(number, None)
+        self._release(number)
 
     def _claim(self, number: int, slot: np.void) -> bool:
         """As claim in bpf/transactions.h does."""

