@@ -106,6 +106,8 @@ def main() -> int:
     for kernel in [kernel for kernel in guests if kernel.problems]:
         kernel.at_first, kernel.problems = kernel.problems, []
         for _, what, tests in (job for job in plan if job[0] is kernel):
+            log = directory(kernel) / f"{what}.log"
+            log.rename(log.with_suffix(".at-first.log"))
             in_guest(kernel, what, *tests)
     print(f"guests: {time.monotonic() - began:.0f} s", flush=True)
     own = Kernel(platform.release(), None)
