@@ -376,7 +376,9 @@ def test_directory_that_goes_away_is_told_and_counted(
 def test_part_that_cannot_be_removed_keeps_no_journal_from_being_converted(tmp_path: Path) -> None:
     one = recorder(tmp_path)
     one.write("transactions", [transaction(1)])
-    os.close(one._lock or 0)  # as the kernel does, of a process that is killed
+    for file in one._files.values():  # as the kernel does, of a process that is killed
+        file.close()
+    os.close(one._lock or 0)
     (journal,) = tmp_path.glob(".journal-*")
     stem = journal.name.removeprefix(".journal-")
     (tmp_path / f".other-{stem}.parquet.part").mkdir()
