@@ -88,9 +88,10 @@ class KeepUp:
             self._tell()
             if self._identities.walk_again():
                 self._stale = True
-        synced_by = self._source.version if self._chosen.may_be_known() else None
+        # Looked at first: what is known by then is of this version, or of one before.
+        whole = self._source.version if self._chosen.may_be_known() else None
         self._learn(now_s)
-        if self._learned == synced_by and not at_once:
+        if self._learned == whole and not at_once:
             self._chosen.say_late(say)
         if self._stale and now_s >= self._select_s:
             self._select_s = now_s + _SELECT_S

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 Level = Literal["info", "warning", "error"]
 
 _PATIENCE_S = 2.0  # with a reader of stderr, when we are asked to end
+_LOOKS = 4  # at whether it reads, meanwhile
 _hurried = False
 _say: Callable[[Level, str], None] | None = None
 
@@ -102,10 +103,10 @@ def takes(stream: TextIO, patience_s: float = 0.0) -> bool:
 
 def tell(text: str) -> None:
     """Lines for the person at the terminal, as they are. If nobody can read them, so be it."""
-    waited_s = 0.0
-    while not takes(sys.stderr, _PATIENCE_S / 4):
-        waited_s += _hurried * _PATIENCE_S / 4
-        if waited_s >= _PATIENCE_S:
+    looks = 0
+    while not takes(sys.stderr, _PATIENCE_S / _LOOKS):
+        looks += _hurried  # before, it may take as long as it likes
+        if looks == _LOOKS:
             discard(sys.stderr)
     try:
         sys.stderr.write(text + "\n")
